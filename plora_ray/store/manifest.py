@@ -1,0 +1,144 @@
+"""The manifest: the one object whose presence makes a generation exist, and which names and pins every other object of it.
+
+Knows the JSON and its rules; reads and writes nothing itself.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from plora_ray.errors import CorruptObjectError, StoreError
+
+FORMAT_VERSION: Final = "1"
+_GENERATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+KeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def check_generation_id(generation: str) -> str:
+    """Return `generation` if it may name one: it becomes part of object names. Raises StoreError otherwise."""
+    if not isinstance(generation, str) or not _GENERATION.fullmatch(generation):
+        raise StoreError(f"{generation!r:.80} can't name a generation: use 1 to 64 letters, digits and ._-, the first a letter or digit")
+    return generation
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ObjectRef(_Strict):
+    """An object pinned by its digest; `path` counts from the store's root."""
+
+    path: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class SegmentRef(ObjectRef):
+    """A segment and what a reader needs to fetch its index in one request: the file's first `index_bytes` bytes."""
+
+    wave: Annotated[int, Field(ge=0)]
+    width: Annotated[int, Field(ge=1)]
+    users: Annotated[int, Field(ge=1)]
+    examples: Annotated[int, Field(ge=0)]
+    first_key: KeyHex
+    last_key: KeyHex
+    index_bytes: Annotated[int, Field(ge=1)]
+    index_checksum: KeyHex
+
+
+class ModelRef(_Strict):
+    """The frozen pre-trained model that a generation belongs to."""
+
+    name: str
+    weight_hash: str
+
+
+class Manifest(_Strict):
+    """A published generation. `adapter_config` and `partition` are the trainer's own; the store only keeps them.
+
+    version       of the generation's beginning: an adapter fitted since then is newer than the one in the segments
+    commit_id     of the writer that published it
+    """
+
+    format_version: Literal["1"] = FORMAT_VERSION
+    generation: str
+    version: str
+    commit_id: KeyHex
+    created_at: str
+    kind: str
+    width: Annotated[int, Field(ge=0)]
+    model: ModelRef
+    adapter_config: dict[str, Any]
+    partition: dict[str, Any]
+    shared: ObjectRef
+    segments: list[SegmentRef]
+    users: Annotated[int, Field(ge=0)]
+    examples: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _sums_agree(self) -> Manifest:
+        if self.users != sum(segment.users for segment in self.segments):
+            raise ValueError(f"users is {self.users}, the segments hold {sum(segment.users for segment in self.segments)}")
+        for before, after in zip(self.segments, self.segments[1:], strict=False):
+            if before.last_key >= after.first_key:
+                raise ValueError(f"waves {before.wave} and {after.wave} overlap: segments must hold disjoint, ascending ranges of keys")
+        return self
+
+
+class Beginning(_Strict):
+    """What is written first into an unfinished generation: when it began, and of which kind it is."""
+
+    format_version: Literal["1"] = FORMAT_VERSION
+    generation: str
+    version: str
+    kind: str
+
+
+class Tombstone(_Strict):
+    """An erased user's tombstone: adapters up to `version` must never be served again."""
+
+    format_version: Literal["1"] = FORMAT_VERSION
+    version: str
+    erased_at: str
+
+
+class Current(_Strict):
+    """Which generation serves."""
+
+    format_version: Literal["1"] = FORMAT_VERSION
+    generation: str
+
+
+class StoreIdentity(_Strict):
+    """The store's own record. `key_hex` keys the user hash; null when the operator keeps the key outside the store."""
+
+    format_version: Literal["1"] = FORMAT_VERSION
+    store_id: KeyHex
+    key_hex: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    key_check: KeyHex
+
+
+def dump_json(model: BaseModel) -> bytes:
+    """The document's bytes, for people to read as well."""
+    return model.model_dump_json(indent=1).encode() + b"\n"
+
+
+def load_json(kind: type[_Model], data: bytes, name: str) -> _Model:
+    """Parse strictly. Raises CorruptObjectError naming `name` and the first wrong field."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise CorruptObjectError(f"{name} isn't a valid {kind.__name__.lower()}: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first wrong field and what is wrong with it, in one line and without its value."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]

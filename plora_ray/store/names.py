@@ -1,0 +1,61 @@
+"""Where every object of a store lies. Names derive from generation ids, wave numbers and hashed user keys, never from raw ids."""
+
+from __future__ import annotations
+
+import re
+
+IDENTITY = "store.json"
+CURRENT = "current"
+GENERATIONS = "generations"
+ERASED = "erased"
+MANIFEST = "manifest.json"
+BEGINNING = "begun.json"
+SHARED = "shared.safetensors"
+
+_SEGMENT = re.compile(r".*/segments/(\d{5,})\.safetensors")
+_TOMBSTONE = re.compile(ERASED + r"/([0-9a-f]{32})\.json")
+
+
+def manifest(generation: str) -> str:
+    return f"{GENERATIONS}/{generation}/{MANIFEST}"
+
+
+def beginning(generation: str) -> str:
+    return f"{GENERATIONS}/{generation}/{BEGINNING}"
+
+
+def shared(generation: str) -> str:
+    return f"{GENERATIONS}/{generation}/{SHARED}"
+
+
+def segments(generation: str) -> str:
+    return f"{GENERATIONS}/{generation}/segments"
+
+
+def segment(generation: str, wave: int) -> str:
+    return f"{segments(generation)}/{wave:05d}.safetensors"
+
+
+def wave_of(path: str) -> int | None:
+    """The wave whose segment lies at `path`; None if that is no segment's name."""
+    match = _SEGMENT.fullmatch(path)
+    return int(match[1]) if match else None
+
+
+def side_object(generation: str, name: str) -> str:
+    return f"{GENERATIONS}/{generation}/{name}"
+
+
+def fresh(key: bytes) -> str:
+    # Two hex digits as a folder keep a million users from sharing one directory.
+    return f"users/{key.hex()[:2]}/{key.hex()}.safetensors"
+
+
+def tombstone(key: bytes) -> str:
+    return f"{ERASED}/{key.hex()}.json"
+
+
+def erased_key(path: str) -> bytes | None:
+    """The key whose tombstone lies at `path`; None if that is no tombstone's name."""
+    match = _TOMBSTONE.fullmatch(path)
+    return bytes.fromhex(match[1]) if match else None

@@ -1,0 +1,259 @@
+"""Whole objects under one root: file://, s3:// or memory://, behind a few synchronous, thread-safe calls.
+
+Knows names, bytes, retries and conditional writes; knows nothing of what the bytes mean, nor of any storage library: each
+kind of storage is a `Backend` in a file of its own (fsspec's S3 in `s3_objects.py`).
+Every failure leaves as a StoreError of one line that names the object and says what to check.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from plora_ray.errors import StoreError
+from plora_ray.store.local_files import LocalFiles
+from plora_ray.store.memory_objects import MemoryObjects
+from plora_ray.store.object_errors import (
+    ObjectExists,
+    ObjectNotFound,
+    is_beyond_end,
+    is_refused_condition,
+    is_transient,
+    store_error,
+)
+from plora_ray.store.s3_objects import S3Objects
+
+MAX_ATTEMPTS = 6
+MAX_UPDATES = 50  # a compare-and-replace that loses this often is a bug or a hot spot, not bad luck
+READ_THREADS = 32
+
+_PATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One listed object; `tag` changes whenever its bytes are replaced."""
+
+    path: str
+    size: int
+    tag: str
+
+
+@dataclass(frozen=True)
+class ObjectRange:
+    """Bytes [start, stop) of an object, or all of it when both are None."""
+
+    path: str
+    start: int | None = None
+    stop: int | None = None
+
+
+class Backend(Protocol):
+    """What a kind of storage must do; raises FileNotFoundError, FileExistsError or its own errors."""
+
+    concurrent: bool  # whether many reads at once are faster than one after the other
+
+    def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes: ...
+    def read_tagged(self, path: str) -> tuple[bytes, str]: ...
+    def exists(self, path: str) -> bool: ...
+    def write(self, path: str, data: bytes) -> None: ...
+    def create(self, path: str, data: bytes) -> None: ...
+    def replace_if(self, path: str, data: bytes, tag: str) -> None: ...
+    def find(self, folder: str) -> list[tuple[str, int, str]]: ...
+    def folders(self, folder: str) -> list[str]: ...
+    def delete(self, path: str) -> None: ...
+
+
+class ObjectStore:
+    """All objects below `uri`: an absolute or relative path, file:///path, s3://bucket[/prefix] or memory://name.
+
+    storage_options go to fsspec's S3 file system (key, secret, endpoint_url, client_kwargs, ...); other stores take none.
+    Paths are relative names of letters, digits and `._-`, with no part that begins with a dot. Raises StoreError for an
+    unusable URI. A copy sent to another process (or inherited by a fork) opens its own connections.
+    """
+
+    def __init__(self, uri: str, storage_options: dict[str, Any] | None = None) -> None:
+        self.storage_options = dict(storage_options or {})
+        self.uri, self._backend = _open_backend(uri, self.storage_options)
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+
+    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str, dict[str, Any]]]:
+        return ObjectStore, (self.uri, self.storage_options)
+
+    def __repr__(self) -> str:
+        return f"ObjectStore({self.uri!r})"  # never the options: they hold credentials
+
+    def uri_of(self, path: str) -> str:
+        """The object's full URI, for messages."""
+        return f"{self.uri}/{path}"
+
+    def read(self, path: str) -> bytes:
+        """The whole object. Raises ObjectNotFound."""
+        return self._call("read", path, self._backend.read, path)
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), fewer (or none) where the object ends before `stop`. Raises ObjectNotFound."""
+        if not 0 <= start < stop:
+            raise ValueError(f"a range needs 0 <= start < stop, got [{start}, {stop})")
+        try:
+            return self._call("read", path, self._backend.read, path, start, stop)
+        except StoreError as error:
+            if error.__cause__ is not None and is_beyond_end(error.__cause__):
+                return b""
+            raise
+
+    def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
+        """Whole objects by path, read at the same time; missing ones are left out."""
+        wanted = list(dict.fromkeys(paths))
+        found = self.read_ranges([ObjectRange(path) for path in wanted])
+        return {path: data for path, data in zip(wanted, found, strict=True) if data is not None}
+
+    def read_ranges(self, ranges: Sequence[ObjectRange]) -> list[bytes | None]:
+        """The bytes of every range, in order, read at the same time; None for an object that doesn't exist."""
+        if len(ranges) < 2 or not self._backend.concurrent:
+            return [self._read_or_none(item) for item in ranges]
+        return list(self._threads().map(self._read_or_none, ranges))
+
+    def exists(self, path: str) -> bool:
+        return self._call("look up", path, self._backend.exists, path)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write the object, replacing any older one at once: a reader sees the old bytes or the new ones."""
+        self._call("write", path, self._backend.write, path, data)
+
+    def create(self, path: str, data: bytes) -> None:
+        """Write an object that mustn't exist yet. Raises ObjectExists, with the older object untouched."""
+        attempts = 0
+
+        def attempt() -> None:
+            nonlocal attempts
+            attempts += 1
+            self._backend.create(path, data)
+
+        try:
+            self._call("create", path, attempt)
+        except ObjectExists:
+            # An earlier attempt may have succeeded with its answer lost on the way; then the object is ours.
+            if attempts == 1 or self._read_or_none(ObjectRange(path)) != data:
+                raise
+
+    def update(self, path: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
+        """Compare and replace: `change` gets the object's bytes (None if missing) and returns new ones, or None to leave it.
+
+        `change` is called again whenever another writer came first, so it must be free of side effects. Returns the bytes
+        that stand at the end; whatever `change` raises passes through.
+        """
+        for round_ in range(MAX_UPDATES):
+            try:
+                old, tag = self._call("read", path, self._backend.read_tagged, path)
+            except ObjectNotFound:
+                old, tag = None, None
+            new = change(old)
+            if new is None or new == old:
+                return old
+            try:
+                if tag is None:
+                    self._call("create", path, self._backend.create, path, new)
+                else:
+                    self._call("replace", path, self._backend.replace_if, path, new, tag)
+                return new
+            except (ObjectExists, ObjectNotFound):
+                time.sleep(random.uniform(0, min(0.5, 0.005 * 2**round_)))
+        raise StoreError(f"can't update {self.uri_of(path)}: other writers replaced it {MAX_UPDATES} times; try again")
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Names of the folders right below `folder`, sorted; costs no listing of what is in them."""
+        return sorted(self._call("list", folder, self._backend.folders, folder))
+
+    def list(self, folder: str = "") -> list[ObjectInfo]:
+        """All objects below `folder`, at any depth, sorted by path; none if it doesn't exist."""
+        found = self._call("list", folder, self._backend.find, folder)
+        return sorted((ObjectInfo(path, size, tag) for path, size, tag in found), key=lambda item: item.path)
+
+    def delete(self, path: str) -> None:
+        """Delete the object; fine if there is none."""
+        try:
+            self._call("delete", path, self._backend.delete, path)
+        except ObjectNotFound:
+            return
+
+    def probe(self) -> None:
+        """Prove that this store can be written and honours conditions. Raises StoreError with the reason if not."""
+        path = f"probe/{uuid.uuid4().hex}"
+        self.create(path, b"first")
+        try:
+            for condition, refused_write in (
+                ("create-only writes (If-None-Match)", lambda: self._backend.create(path, b"second")),
+                ("conditional replaces (If-Match)", lambda: self._backend.replace_if(path, b"third", '"0"')),
+            ):
+                try:
+                    self._call("write", path, refused_write)
+                except ObjectExists:
+                    continue
+                raise StoreError(f"{self.uri} ignores {condition}, so two writers could undo each other; choose another store")
+        finally:
+            self.delete(path)
+
+    def _read_or_none(self, item: ObjectRange) -> bytes | None:
+        try:
+            if item.start is None or item.stop is None:
+                return self.read(item.path)
+            return self.read_range(item.path, item.start, item.stop)
+        except ObjectNotFound:
+            return None
+
+    def _call(self, verb: str, path: str, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """`function(*arguments)` with retries, and with its errors put into the store's words."""
+        if path and not _PATH.fullmatch(path):
+            raise StoreError(f"{path!r} can't name an object: use letters, digits and ._- in parts that don't begin with a dot")
+        retrying = Retrying(
+            retry=retry_if_exception(is_transient),
+            stop=stop_after_attempt(MAX_ATTEMPTS),
+            wait=wait_random_exponential(multiplier=0.1, max=8),
+            reraise=True,
+        )
+        try:
+            return retrying(function, *arguments)
+        except StoreError:
+            raise
+        except Exception as error:
+            if is_refused_condition(error):
+                raise ObjectExists(f"{self.uri_of(path)} exists already or was replaced by another writer") from error
+            raise store_error(verb, self.uri_of(path), error) from error
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = (os.getpid(), ThreadPoolExecutor(READ_THREADS, thread_name_prefix="store-read"))
+        return self._pool[1]
+
+
+def _open_backend(uri: str, storage_options: dict[str, Any]) -> tuple[str, Backend]:
+    """The normalised URI and the backend behind it."""
+    parts = urlsplit(uri if "://" in uri else Path(uri).absolute().as_uri())
+    if parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc):
+        root = f"{parts.netloc}{parts.path}".rstrip("/")
+        return f"s3://{root}", S3Objects(root, storage_options)
+    if parts.scheme == "s3":
+        raise StoreError(f"{parts.netloc!r} isn't the name of an S3 bucket: write s3://bucket/prefix")
+    if storage_options:
+        raise StoreError(f"storage options are for s3:// stores only; {uri} takes none")
+    if parts.scheme == "file" and parts.netloc == "" and parts.path.startswith("/"):
+        root = unquote(parts.path).rstrip("/")
+        return f"file://{root}", LocalFiles(root)
+    if parts.scheme == "memory" and parts.netloc:
+        root = f"{parts.netloc}{parts.path}".rstrip("/")
+        return f"memory://{root}", MemoryObjects(root)
+    raise StoreError(f"{uri!r} isn't a usable store URI: write a path, file:///path, s3://bucket/prefix or memory://name")

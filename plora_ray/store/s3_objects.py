@@ -1,0 +1,103 @@
+"""Objects in an S3 bucket, through fsspec's S3 file system: one request a call, conditions as S3 knows them.
+
+The only file that calls fsspec. Raises fsspec's and botocore's own errors, once: `objects.py` retries and words them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+import fsspec
+
+MAX_PUT_BYTES = 5 * 2**30  # S3's limit for one PUT; beyond it an upload has parts, and parts know no conditions
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 60
+
+
+class S3Objects:
+    """The `Backend` of s3:// stores; `root` is bucket[/prefix], `storage_options` are fsspec's."""
+
+    concurrent = True
+
+    def __init__(self, root: str, storage_options: dict[str, Any]) -> None:
+        self._root = root
+        self._bucket = root.split("/", 1)[0]
+        self._options = storage_options
+        # By process id. What a fork inherited stays here unused: collecting it would close its parent's connections.
+        self._opened: dict[int, Any] = {}
+
+    def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
+        if start is None or stop is None:
+            return bytes(self._fs().cat_file(self._full(path), max_concurrency=1))  # more would cost a HEAD first
+        return bytes(self._fs().cat_file(self._full(path), start=start, end=stop))
+
+    def read_tagged(self, path: str) -> tuple[bytes, str]:
+        # The tag first: were the object replaced in between, the write that names the old tag would be refused.
+        tag = str(self._head(path)["ETag"])
+        return self.read(path), tag
+
+    def exists(self, path: str) -> bool:
+        try:
+            self._head(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def write(self, path: str, data: bytes) -> None:
+        self._put(path, data)
+
+    def create(self, path: str, data: bytes) -> None:
+        self._put(path, data, IfNoneMatch="*")
+
+    def replace_if(self, path: str, data: bytes, tag: str) -> None:
+        self._put(path, data, IfMatch=tag)
+
+    def find(self, folder: str) -> list[tuple[str, int, str]]:
+        found = self._fs().find(self._full(folder), detail=True)
+        start = len(self._root) + 1
+        return [(name[start:], int(entry["size"]), str(entry["ETag"])) for name, entry in found.items()]
+
+    def folders(self, folder: str) -> list[str]:
+        try:
+            entries = self._fs().ls(self._full(folder), detail=True)
+        except FileNotFoundError as error:
+            if error.__cause__ is not None:  # the bucket is missing, not just anything below the folder
+                raise
+            return []
+        return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"]
+
+    def delete(self, path: str) -> None:
+        self._fs().call_s3("delete_object", Bucket=self._bucket, Key=self._key(path))
+
+    def _put(self, path: str, data: bytes, **condition: str) -> None:
+        if len(data) >= MAX_PUT_BYTES:
+            raise OSError(errno.EFBIG, f"{len(data)} bytes don't fit one PUT of at most {MAX_PUT_BYTES}: use more, smaller segments")
+        self._fs().pipe_file(self._full(path), data, chunksize=MAX_PUT_BYTES, **condition)
+
+    def _head(self, path: str) -> dict[str, Any]:
+        head: dict[str, Any] = self._fs().call_s3("head_object", Bucket=self._bucket, Key=self._key(path))
+        return head
+
+    def _fs(self) -> Any:
+        """This process's file system object: fsspec's belong to one process and don't survive a fork."""
+        if os.getpid() not in self._opened:
+            options = dict(self._options)
+            defaults = {
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "read_timeout": READ_TIMEOUT_S,
+                "retries": {"mode": "standard", "total_max_attempts": 1},
+            }
+            options["config_kwargs"] = defaults | dict(options.get("config_kwargs") or {})
+            fs = fsspec.filesystem("s3", **options, use_listings_cache=False, skip_instance_cache=True)
+            # Retries happen in one place, which must know of them: a create repeated unseen would look like somebody else's.
+            fs.retries = 1
+            self._opened[os.getpid()] = fs
+        return self._opened[os.getpid()]
+
+    def _full(self, path: str) -> str:
+        return f"{self._root}/{path}".rstrip("/")
+
+    def _key(self, path: str) -> str:
+        return self._full(path)[len(self._bucket) + 1 :]

@@ -1,0 +1,41 @@
+"""Who was erased, and when: the erased/ folder as a dictionary that can be brought up to date cheaply.
+
+A record of a segment is never served to an erased user's key again; an adapter fitted after the erasure is.
+"""
+
+from __future__ import annotations
+
+from plora_ray.store import names
+from plora_ray.store.manifest import Tombstone, load_json
+from plora_ray.store.objects import ObjectStore
+
+
+class Tombstones:
+    """The tombstones as of the last `refresh`. Reads are safe while another thread refreshes."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+        self._tags: dict[str, str] = {}
+        self._versions: dict[bytes, str] = {}
+
+    def refresh(self) -> None:
+        """List the folder and read the tombstones that are new or replaced. Raises StoreError."""
+        listed = {item.path: item.tag for item in self._objects.list(names.ERASED) if names.erased_key(item.path) is not None}
+        changed = [path for path, tag in listed.items() if self._tags.get(path) != tag]
+        versions = dict(self._versions)
+        for path, data in self._objects.read_many(changed).items():
+            key = names.erased_key(path)
+            if key is not None:
+                versions[key] = load_json(Tombstone, data, self._objects.uri_of(path)).version
+        self._tags, self._versions = listed, versions  # whole dictionaries are swapped: readers need no lock
+
+    def version(self, key: bytes) -> str | None:
+        """The version of the user's last erasure: adapters up to it are dead. None if the user was never erased."""
+        return self._versions.get(key)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._versions
+
+    def as_dict(self) -> dict[bytes, str]:
+        """Key to version of the last erasure."""
+        return dict(self._versions)
