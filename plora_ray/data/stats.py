@@ -1,0 +1,120 @@
+"""What a finished partitioning is: its counts, the file that marks it as finished, and the label space they imply.
+
+Knows numbers about rows, never rows. `_done.json` is written last; a folder without it holds nothing to trust.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import fsspec  # type: ignore[import-untyped]
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from plora_ray.data.rows import SPLITS, SplitName, Task
+from plora_ray.data.table import put_object
+from plora_ray.errors import DataError
+
+DONE_FILE = "_done.json"
+MAX_CLASSES = 10_000  # beyond it a label column holds texts or ids, and every map would carry them all
+
+
+class PartitionCounts(BaseModel):
+    """One partition. `train_users` have at least one training row: they are the ones that get an adapter of their own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    users: int
+    train_users: int
+    rows: dict[SplitName, int]
+    tokens: int
+
+
+class PartitionStats(BaseModel):
+    """A whole partitioning.
+
+    `label_counts[split][label]` are rows (classification only); `skipped[reason]` are bad rows left out; `digest` tells
+    which rows, settings, tokenizer and key secret it was made from.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    digest: str
+    partitions: list[PartitionCounts]
+    label_counts: dict[SplitName, dict[str, int]]
+    skipped: dict[str, int]
+
+    @property
+    def users(self) -> int:
+        return sum(part.users for part in self.partitions)
+
+    @property
+    def train_users(self) -> int:
+        return sum(part.train_users for part in self.partitions)
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.partitions)
+
+    def rows(self, split: SplitName | None = None) -> int:
+        """Rows in a split, or in all."""
+        return sum(count for part in self.partitions for name, count in part.rows.items() if split in (None, name))
+
+
+def label_space(stats: PartitionStats, task: Task) -> list[str]:
+    """Return the classes in the order of the model's outputs: by value if all are integers, else by name.
+
+    Empty for regression. Raises DataError if training has fewer than two classes, or lacks one that another split has.
+    """
+    if task == "regression":
+        return []
+    trained = set(stats.label_counts["train"])
+    for split in SPLITS[1:]:
+        unseen = sorted(set(stats.label_counts[split]) - trained)
+        if unseen:
+            listed = ", ".join(repr(name) for name in unseen[:20])
+            raise DataError(f"labels that only the {split} split has can't be learned: {listed}; add training rows or remove them")
+    if len(trained) < 2:
+        found = f"only {next(iter(trained))!r}" if trained else "none"
+        raise DataError(f"classification needs training rows of at least two labels, found {found}: check columns.label and the splits")
+    if all(name.removeprefix("-").isdecimal() for name in trained):
+        return sorted(trained, key=int)
+    return sorted(trained)
+
+
+def add_labels(total: dict[SplitName, Counter[str]], counts: dict[str, dict[str, int]]) -> None:
+    """Add one unit's label counts to the total. Raises DataError when there are too many classes to be classes."""
+    for split in SPLITS:
+        total[split].update(counts.get(split, {}))
+        refuse_too_many_classes(len(total[split]))
+
+
+def refuse_too_many_classes(classes: int) -> None:
+    """Raise DataError if a label column can't be one of classes."""
+    if classes > MAX_CLASSES:
+        raise DataError(f"the label column has more than {MAX_CLASSES} different values: map columns.label or set task: regression")
+
+
+def read_done(destination: str, digest: str, storage_options: dict[str, Any]) -> PartitionStats | None:
+    """Return the stats of the partitioning that was finished in `destination`, None if there is none.
+
+    Raises DataError if it is finished but was made from other rows or settings.
+    """
+    fs, path = fsspec.core.url_to_fs(_done_path(destination), **storage_options)
+    try:
+        stats = PartitionStats.model_validate(json.loads(fs.cat_file(path)))
+    except (FileNotFoundError, ValueError, ValidationError):
+        return None
+    if stats.digest != digest:
+        raise DataError(f"{destination} holds partitions of other rows or settings: give an empty folder or delete it")
+    return stats
+
+
+def write_done(destination: str, stats: PartitionStats, storage_options: dict[str, Any]) -> None:
+    """Mark the partitioning as finished."""
+    put_object(_done_path(destination), stats.model_dump_json(indent=1).encode("utf-8"), storage_options)
+
+
+def _done_path(destination: str) -> str:
+    return f"{destination.rstrip('/')}/{DONE_FILE}"
