@@ -74,6 +74,11 @@ class AdapterStore:
     def uri(self) -> str:
         return self.objects.uri
 
+    @property
+    def hash_secret(self) -> bytes:
+        """What keys the user hash: whoever partitions rows by user needs it. Never to be logged or stored elsewhere."""
+        return self._secret
+
     def key(self, user_id: str) -> bytes:
         """The user's 16-byte key in this store. Raises InvalidUserId."""
         return user_key(validate_user_id(user_id), self._secret)

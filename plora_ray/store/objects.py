@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
+import fsspec  # type: ignore[import-untyped]
+from pyarrow.fs import FSSpecHandler, PyFileSystem  # type: ignore[import-untyped]
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from plora_ray.errors import StoreError
@@ -99,6 +101,11 @@ class ObjectStore:
     def uri_of(self, path: str) -> str:
         """The object's full URI, for messages."""
         return f"{self.uri}/{path}"
+
+    def arrow_filesystem(self, path: str) -> tuple[Any, str]:
+        """(pyarrow file system, path in it) of a folder, for libraries that write through Arrow."""
+        filesystem, place = fsspec.core.url_to_fs(self.uri_of(path), **self.storage_options)
+        return PyFileSystem(FSSpecHandler(filesystem)), place
 
     def read(self, path: str) -> bytes:
         """The whole object. Raises ObjectNotFound."""

@@ -1,0 +1,215 @@
+"""Fitting users' vectors with everything shared frozen: linearise once, then solve every user exactly.
+
+A user vector p_u enters every layer linearly and is small, so logits are close to linear in it near the prior's mean:
+
+    z(p) ~ z(p0) + J (p - p0)        J [outputs, d], one Jacobian a text
+
+and the posterior mode of one user under the prior N(mu, C) is a strictly convex problem in d unknowns:
+
+    min_p  sum_rows loss(z0 + J (p - p0), label) + 1/2 (p - mu)^T C^-1 (p - mu)
+
+solved for all users at once by Newton's method with batched Cholesky factors. No learning rate; few examples shrink to
+the prior. Linearising everybody at the same p0 makes z0 and J depend on the text alone, so users share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from plora_ray.adapters.model import Task
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+NEWTON_STEPS = 25
+TOLERANCE = 1e-6
+OUTER_PRODUCT_ROWS = 2048  # rows whose d x d outer products are held at once: 32 MB at d = 64
+
+
+@dataclass(frozen=True)
+class UserPrior:
+    """Gaussian prior of user vectors. mean: [d]; precision: [d, d], the inverse covariance; both float64.
+
+    noise_variance: variance of a regression label around its prediction; unused for classification.
+    """
+
+    mean: Tensor
+    precision: Tensor
+    noise_variance: float = 1.0
+
+    def scaled(self, factor: float) -> UserPrior:
+        """The same prior with its covariance multiplied by `factor`."""
+        return UserPrior(self.mean, self.precision / factor, self.noise_variance)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The prior as named tensors, to be kept beside the shared parameters."""
+        noise = torch.tensor([self.noise_variance], dtype=torch.float64)
+        return {"prior.mean": self.mean.contiguous(), "prior.precision": self.precision.contiguous(), "prior.noise_variance": noise}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> UserPrior:
+        """The prior that `tensors` were made from; other names are ignored. Raises KeyError if one is missing."""
+        return cls(tensors["prior.mean"], tensors["prior.precision"], float(tensors["prior.noise_variance"]))
+
+
+def prior_from_moments(
+    users: int, total: Tensor, outer: Tensor, *, shrinkage_users: float = 64.0, floor: float = 1e-3
+) -> UserPrior:
+    """Prior from trained user vectors, given their number, sum [d] and sum of outer products [d, d], float64.
+
+    The covariance is shrunk to a multiple of the identity, whose weight is shrinkage_users / (users + shrinkage_users);
+    `floor` bounds the variances from below.
+    """
+    dim = len(total)
+    mean = total / max(users, 1)
+    covariance = outer / max(users, 1) - torch.outer(mean, mean)
+    identity = torch.eye(dim, dtype=torch.float64)
+    weight = shrinkage_users / (users + shrinkage_users)
+    blended = (1 - weight) * covariance + (weight * covariance.diagonal().mean() + floor) * identity
+    return UserPrior(mean, torch.linalg.inv(blended))
+
+
+@dataclass(frozen=True)
+class Linearisation:
+    """Logits of texts near one user vector, float32.
+
+    point: [d], the p0 of all rows. logits: [texts, outputs] there. jacobian: [texts, free, d] of the free outputs: for a
+    classification the logits minus the last one (softmax sees only differences), so free = outputs - 1; else 1.
+    """
+
+    point: Tensor
+    logits: Tensor
+    jacobian: Tensor
+
+    def predict(self, texts: Tensor, vectors: Tensor, task: Task) -> Tensor:
+        """Approximate logits [rows, outputs] (up to a constant a row) of `texts` [rows] for user vectors [rows, d]."""
+        free = _free(self.logits, task)[texts] + torch.einsum("rfd,rd->rf", self.jacobian[texts], (vectors - self.point).float())
+        return free if task == "regression" else F.pad(free, (0, 1))
+
+
+def _free(logits: Tensor, task: Task) -> Tensor:
+    return logits if task == "regression" else logits[:, :-1] - logits[:, -1:]
+
+
+def linearise(forward: Forward, input_ids: Tensor, attention_mask: Tensor, point: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Logits [batch, outputs] and Jacobian [batch, free, d] of one batch at `point` [d]; one backward pass a free output.
+
+    Rows don't mix inside the model, so the gradient of a column's sum is every row's own gradient.
+    """
+    with torch.enable_grad():
+        vectors = point.float().to(input_ids.device).expand(input_ids.shape[0], -1).clone().requires_grad_(True)
+        logits = forward(input_ids, attention_mask, vectors)
+        free = _free(logits, task)
+        columns = [
+            torch.autograd.grad(free[:, column].sum(), vectors, retain_graph=column + 1 < free.shape[1])[0] for column in range(free.shape[1])
+        ]
+    return logits.detach(), torch.stack(columns, dim=1).detach()
+
+
+@dataclass(frozen=True)
+class FittedUsers:
+    """vectors: [users, d] float32 posterior modes. converged: [users] bool. steps: Newton steps taken."""
+
+    vectors: Tensor
+    converged: Tensor
+    steps: int
+
+
+def solve_users(
+    linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task
+) -> FittedUsers:
+    """Posterior modes of `count` users at once.
+
+    texts: [rows] row of `linear` each example uses; labels: [rows] class index or value; users: [rows] in 0..count-1.
+    Users are independent: a user's result is what it is with no other user present, up to rounding. A user without rows
+    gets the prior's mean.
+    """
+    problem = _Problem(linear, texts, labels, users, count, prior, task)
+    p = prior.mean.expand(count, -1).clone()
+    objective = problem.objective(p)
+    converged = torch.zeros(count, dtype=torch.bool)
+    steps = 0
+    for steps in range(1, NEWTON_STEPS + 1):
+        gradient, hessian = problem.derivatives(p)
+        direction = -torch.cholesky_solve(gradient.unsqueeze(-1), torch.linalg.cholesky(hessian)).squeeze(-1)
+        decrement = -(gradient * direction).sum(-1)
+        converged = decrement < TOLERANCE
+        if bool(converged.all()):
+            break
+        direction[converged] = 0.0
+        p, objective = problem.line_search(p, objective, direction, decrement)
+    return FittedUsers(p.float(), converged, steps)
+
+
+class _Problem:
+    """The convex objective of every user of a wave, its gradient and Hessian; float64 where users' sums are formed."""
+
+    def __init__(
+        self, linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task
+    ) -> None:
+        self.task, self.prior, self.users, self.count = task, prior, users, count
+        self.texts, self.labels = texts, labels
+        self.jacobian = linear.jacobian
+        self.point = linear.point.double()
+        self.free = _free(linear.logits, task).double()
+
+    def _rows(self, p: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Jacobian [rows, free, d] and free logits [rows, free] of a slice of rows at their users' vectors."""
+        jacobian = self.jacobian[self.texts[rows]].double()
+        shift = (p - self.point)[self.users[rows]]
+        return jacobian, self.free[self.texts[rows]] + torch.einsum("rfd,rd->rf", jacobian, shift)
+
+    def _slices(self) -> list[slice]:
+        return [slice(start, start + OUTER_PRODUCT_ROWS) for start in range(0, len(self.texts), OUTER_PRODUCT_ROWS)]
+
+    def objective(self, p: Tensor) -> Tensor:
+        """[users]: negative log posterior of each user, up to a constant."""
+        centred = p - self.prior.mean
+        total = 0.5 * torch.einsum("ud,de,ue->u", centred, self.prior.precision, centred)
+        for rows in self._slices():
+            _, free = self._rows(p, rows)
+            if self.task == "regression":
+                losses = 0.5 * (free[:, 0] - self.labels[rows].double()).square() / self.prior.noise_variance
+            else:
+                losses = F.cross_entropy(F.pad(free, (0, 1)), self.labels[rows], reduction="none")
+            total.index_add_(0, self.users[rows], losses)
+        return total
+
+    def derivatives(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient [users, d] and Hessian [users, d, d] of `objective`."""
+        gradient = (p - self.prior.mean) @ self.prior.precision
+        hessian = self.prior.precision.expand(self.count, -1, -1).clone()
+        for rows in self._slices():
+            jacobian, free = self._rows(p, rows)
+            if self.task == "regression":
+                residual = (free - self.labels[rows].double().unsqueeze(-1)) / self.prior.noise_variance
+                curved = jacobian / self.prior.noise_variance
+            else:
+                probability = F.softmax(F.pad(free, (0, 1)), dim=-1)[:, :-1]
+                wanted = F.one_hot(self.labels[rows], free.shape[1] + 1)[:, :-1]
+                residual = probability - wanted
+                mean = torch.einsum("rf,rfd->rd", probability, jacobian)
+                curved = probability.unsqueeze(-1) * (jacobian - mean.unsqueeze(1))
+            gradient.index_add_(0, self.users[rows], torch.einsum("rf,rfd->rd", residual, jacobian))
+            hessian.index_add_(0, self.users[rows], torch.einsum("rfd,rfe->rde", jacobian, curved))
+        return gradient, hessian
+
+    def line_search(self, p: Tensor, objective: Tensor, direction: Tensor, decrement: Tensor) -> tuple[Tensor, Tensor]:
+        """Halve each user's step until its objective falls enough (Armijo, 1e-4); a user that can't improve stays."""
+        size = torch.ones(self.count, 1, dtype=p.dtype)
+        best, best_objective = p.clone(), objective.clone()
+        pending = direction.abs().sum(-1) > 0
+        for _ in range(20):
+            trial = p + size * direction
+            value = self.objective(trial)
+            accepted = pending & (value <= objective - 1e-4 * size.squeeze(-1) * decrement)
+            best[accepted], best_objective[accepted] = trial[accepted], value[accepted]
+            pending &= ~accepted
+            if not bool(pending.any()):
+                break
+            size[pending] *= 0.5
+        return best, best_objective

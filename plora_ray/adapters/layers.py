@@ -1,0 +1,112 @@
+"""The two forms of a PLoRA layer: one to train, one to serve. Knows tensors; nothing of models, users' names or storage.
+
+Both read the batch's user vectors from a `UserContext` that all layers of a model share, because Hugging Face
+models offer no way to pass one more argument down to a linear layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from plora_ray.errors import ModelError
+
+
+@dataclass
+class UserContext:
+    """What the layers need to know of the current batch.
+
+    vectors: [batch, d] one user vector a row, or None for the population. A zero row is a population row.
+    effects: per layer, its user term s B P p_u [batch, out] of the last forward pass; filled only while `record_effects`.
+    """
+
+    vectors: Tensor | None = None
+    record_effects: bool = False
+    effects: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _rowwise(term: Tensor, like: Tensor) -> Tensor:
+    """Spread a per-row term [batch, k] over the token dimensions of `like` [batch, ..., *]."""
+    if like.shape[0] != term.shape[0]:
+        raise ModelError(
+            f"a layer sees {like.shape[0]} rows for a batch of {term.shape[0]} users: "
+            "layers that flatten rows and tokens (mixture-of-experts, unpadded attention) can't carry user terms; name other targets"
+        )
+    return term.view(term.shape[0], *([1] * (like.dim() - 2)), term.shape[1])
+
+
+class PLoRALinear(nn.Module):
+    """Training form of a personalised low-rank layer (Zhang et al., AAAI 2024, arXiv 2403.06208).
+
+        y = W x + b + s * B (A drop(x) + P p_u)        s = alpha / rank
+
+    W [out, in], b [out] are frozen. A [r, in], B [out, r] (zero at start) and P [r, d] are shared by all users;
+    p_u [d] is the user's own and comes from the context. x: [batch, ..., in]; y: [batch, ..., out].
+    """
+
+    def __init__(self, base: nn.Linear, *, rank: int, alpha: float, user_dim: int, dropout: float, context: UserContext, name: str) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / rank
+        self.context = context
+        self.name = name
+        device = base.weight.device
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.P = nn.Parameter(torch.empty(rank, user_dim, device=device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.P, a=math.sqrt(5))
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen W: some models look at a layer's weight for its dtype."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.A.dtype
+        low = F.linear(self.dropout(x).to(dtype), self.A)
+        vectors = self.context.vectors
+        if vectors is not None:
+            user = F.linear(vectors.to(dtype), self.P)
+            if self.context.record_effects:
+                self.context.effects[self.name] = F.linear(user, self.B) * self.scaling
+            low = low + _rowwise(user, low)
+        return self.base(x) + (F.linear(low, self.B) * self.scaling).to(x.dtype)
+
+
+class FoldedLinear(nn.Module):
+    """Serving form: everything shared is in W', a user is one small vector added to every token.
+
+        y = W' x + b + B c_u        W' = W + s B A        c_u = s P p_u
+
+    The two products of the user term are one matrix U = s B P [out, d], so a row costs d multiply-adds an output.
+    """
+
+    def __init__(self, trained: PLoRALinear) -> None:
+        super().__init__()
+        base = trained.base
+        with torch.no_grad():
+            delta = (trained.B.float() @ trained.A.float()) * trained.scaling
+            weight = (base.weight.float() + delta).to(base.weight.dtype)
+            user_map = (trained.B.float() @ trained.P.float()) * trained.scaling
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+        self.register_buffer("user_map", user_map.to(base.weight.dtype))
+        self.user_map: Tensor
+        self.context = trained.context
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        vectors = self.context.vectors
+        if vectors is not None:
+            y = y + _rowwise(F.linear(vectors.to(self.user_map.dtype), self.user_map), y)
+        return y

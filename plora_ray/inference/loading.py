@@ -1,0 +1,70 @@
+"""From a generation in the store to a folded model in memory, checked to be the model it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from plora_ray.adapters.fit import UserPrior
+from plora_ray.adapters.labels import LabelSpace
+from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
+from plora_ray.adapters.pretrained import load_tokenizer, weight_hash
+from plora_ray.errors import ModelError
+from plora_ray.store import AdapterStore
+from plora_ray.store.reader import GenerationReader
+
+
+@dataclass(frozen=True)
+class LoadedGeneration:
+    """Everything a process needs to answer with one generation. `reader` finds the users' own adapters in the store."""
+
+    store: AdapterStore
+    reader: GenerationReader
+    model: PersonalizedModel
+    tokenizer: PreTrainedTokenizerBase
+    labels: LabelSpace
+    prior: UserPrior
+    max_length: int
+
+    @property
+    def name(self) -> str:
+        """The generation's id."""
+        return self.reader.generation
+
+    @property
+    def user_dim(self) -> int:
+        """Width d of a user vector."""
+        return self.model.spec.user_dim
+
+
+def load_generation(
+    store: AdapterStore, generation: str | None = None, *, dtype: torch.dtype = torch.float32, fold: bool = True
+) -> LoadedGeneration:
+    """Open a generation (the current one by default) and build its model, folded for serving.
+
+    Raises StoreError if there is none, ModelError if the PLM here isn't the one the adapters were trained on.
+    """
+    reader = store.open_generation(generation)
+    config: dict[str, Any] = reader.manifest.adapter_config
+    spec = AdapterSpec.from_json(config["spec"])
+    found, expected = weight_hash(spec.model), reader.manifest.model.weight_hash
+    if found != expected:
+        raise ModelError(
+            f"generation {reader.generation} was trained on other weights of model '{spec.model}' "
+            f"(SHA-256 {expected[:12]}..., here {found[:12]}...): install those weights or train again"
+        )
+    model = PersonalizedModel.from_pretrained(spec, dtype=dtype)
+    tensors = reader.shared().tensors
+    model.load_shared({name: tensor for name, tensor in tensors.items() if not name.startswith("prior.")})
+    return LoadedGeneration(
+        store=store,
+        reader=reader,
+        model=model.fold() if fold else model.eval(),
+        tokenizer=load_tokenizer(spec.model),
+        labels=LabelSpace.from_json(config["labels"]),
+        prior=UserPrior.from_tensors(tensors),
+        max_length=int(config["max_length"]),
+    )

@@ -1,0 +1,156 @@
+"""DeepSpeed behind one file: a sharded or replicated module to train, and what sharding asks of its callers.
+
+Under ZeRO-3 every forward pass gathers parameters from all ranks, so all ranks must make the same number of passes;
+`lockstep` sees to that. Knows nothing of users, files or Ray.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Sharding = Literal["zero3", "replicated"]
+Item = TypeVar("Item")
+
+SHARD_ABOVE_SHARE = 0.5  # of a device's memory: beyond it a replicated frozen model leaves too little for activations
+PER_WORKER_BYTES_CPU = 4 * 2**30  # what a CPU rank is assumed to have for a model copy
+
+
+def choose_sharding(wanted: Literal["zero3", "replicated", "auto"], parameter_bytes: int) -> Sharding:
+    """Resolve `auto`: shard when one copy takes over half of the device's memory."""
+    if wanted != "auto":
+        return wanted
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else PER_WORKER_BYTES_CPU
+    return "zero3" if parameter_bytes > SHARD_ABOVE_SHARE * memory else "replicated"
+
+
+class ShardedTrainer:
+    """A module whose `trained` parameters a DeepSpeed engine optimises with AdamW; the rest is frozen (and sharded).
+
+    Needs an initialised torch.distributed process group. trained: name -> parameter, the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trained: dict[str, nn.Parameter],
+        *,
+        sharding: Sharding,
+        learning_rate: float,
+        weight_decay: float,
+        gradient_clipping: float,
+        batch_rows: int,
+    ) -> None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        self.sharded = sharding == "zero3"
+        self.trained = trained
+        self._learning_rate = learning_rate
+        config = {
+            "train_micro_batch_size_per_gpu": batch_rows,
+            "gradient_clipping": gradient_clipping,
+            "zero_optimization": {"stage": 3 if self.sharded else 0},
+            "zero_allow_untested_optimizer": True,
+            "optimizer": {"type": "AdamW", "params": {"lr": learning_rate, "weight_decay": weight_decay, "torch_adam": True}},
+            "steps_per_print": 2**31,
+        }
+        deepspeed.logger.setLevel("WARNING")
+        self._zero = deepspeed.zero
+        self.engine, self._optimizer, _, _ = deepspeed.initialize(model=module, model_parameters=list(trained.values()), config=config)
+        self.device: torch.device = self.engine.device
+
+    def step(self, forward: Callable[[nn.Module], Tensor], learning_rate_factor: float) -> Tensor:
+        """One optimisation step: `forward(engine)` gives the scalar loss; gradients are averaged over the ranks. Returns the loss."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate * learning_rate_factor
+        loss = forward(self.engine)
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss.detach()
+
+    def freeze(self) -> nn.Module:
+        """End of training: nothing has gradients any more. Returns the module to call directly, in evaluation mode."""
+        for parameter in self.trained.values():
+            parameter.requires_grad_(False)
+        return self.engine.module.eval()
+
+    def gathered(self) -> dict[str, Tensor]:
+        """Full copies (CPU, fp32) of the trained parameters. All ranks must call."""
+        with self._zero.GatheredParameters(list(self.trained.values()), enabled=self.sharded):
+            return {name: parameter.detach().float().cpu().clone() for name, parameter in self.trained.items()}
+
+    def load(self, parameters: dict[str, Tensor]) -> None:
+        """Set the trained parameters, masters included. All ranks must call with equal values."""
+        for name, parameter in self.trained.items():
+            if self.sharded:
+                from deepspeed.utils import safe_set_full_fp32_param
+
+                with self._zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.data.copy_(parameters[name])
+                safe_set_full_fp32_param(parameter, parameters[name])
+            else:
+                parameter.data.copy_(parameters[name])
+
+    def moments(self) -> dict[str, Tensor]:
+        """Adam moments of every trained parameter, gathered, as `{name}.exp_avg` and `{name}.exp_avg_sq`. All ranks must call.
+
+        Before the first step there are none: zeros.
+        """
+        gathered = {}
+        for name, parameter in self.trained.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                gathered[f"{name}.{key}"] = self._moment(parameter, key).detach().float().cpu().clone()
+        return gathered
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if self.sharded:
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            return safe_get_full_optimizer_state(parameter, key)
+        return self._optimizer.state[parameter].get(key, torch.zeros_like(parameter))
+
+    def load_moments(self, moments: dict[str, Tensor], step: int) -> None:
+        """Put gathered moments back, for any number of ranks, as after `step` steps."""
+        for name, parameter in self.trained.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                value = moments[f"{name}.{key}"]
+                if self.sharded:
+                    from deepspeed.utils import safe_set_full_optimizer_state
+
+                    safe_set_full_optimizer_state(parameter, value, key)
+                else:
+                    self._optimizer.state[parameter][key] = value.to(parameter)
+        states: dict[Any, Any] = self._optimizer.optimizer.state if self.sharded else self._optimizer.state
+        for state in states.values():
+            state["step"] = torch.tensor(float(step))
+
+    def parameter_bytes_held(self) -> int:
+        """Bytes of model parameters in this rank's memory between two passes."""
+        return sum(_held(parameter) for parameter in self.engine.module.parameters())
+
+    def lockstep(self, items: list[Item], idle: Item, *, collective: bool = False) -> Iterator[tuple[Item, bool, int]]:
+        """(item, True, passes) for each of `items`; then (idle, False, passes) until every rank has made as many passes.
+
+        Only needed where ranks meet in a pass: when the model is sharded, or `collective` (gradients are averaged).
+        Otherwise each rank goes through its own items alone.
+        """
+        passes = len(items)
+        if self.sharded or collective:
+            most = torch.tensor(passes, device=self.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            passes = int(most)
+        for index in range(passes):
+            yield (items[index], True, passes) if index < len(items) else (idle, False, passes)
+
+
+def _held(parameter: nn.Parameter) -> int:
+    shard = getattr(parameter, "ds_tensor", None)
+    held = parameter if shard is None else shard
+    return held.numel() * held.element_size()

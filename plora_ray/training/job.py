@@ -1,0 +1,245 @@
+"""The training job: partitions, ranks under Ray Train, progress, and the published generation. Ray Train lives here alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from plora_ray.adapters.labels import LabelSpace
+from plora_ray.adapters.pretrained import load_tokenizer, resolve_model, weight_hash
+from plora_ray.config import Settings, parse_settings
+from plora_ray.data.partition import partition_rows, read_partition
+from plora_ray.data.sources import fingerprint, list_units
+from plora_ray.data.stats import PartitionStats, label_space
+from plora_ray.errors import PloraError
+from plora_ray.store import AdapterStore
+from plora_ray.training.progress import ProgressLine, Snapshot
+from plora_ray.training.publish import Published, publish
+from plora_ray.training.rank import KIND, Assignment, run_rank
+from plora_ray.training.run_state import RunState, run_fingerprint
+from plora_ray.training.waves import Wave, plan_waves
+
+POLL_S = 0.5
+
+
+class TrainingFailed(PloraError):
+    """Workers failed more often than training.max_failures allows; the same command goes on where they stopped."""
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Where ranks note their progress and the driver reads it."""
+
+    def __init__(self, users_done: int, users: int) -> None:
+        self._snapshot = Snapshot(users_done=users_done, users=users)
+        self._waves: set[int] = set()
+
+    def on_steps(self, step: int, steps: int, loss: float) -> None:
+        self._snapshot.step, self._snapshot.steps, self._snapshot.loss = step, steps, loss
+
+    def on_wave(self, users: int, wave: int) -> None:
+        if wave not in self._waves:
+            self._waves.add(wave)
+            self._snapshot.users_done += users
+
+    def on_model(self, line: str) -> None:
+        self._snapshot.model = line
+
+    def snapshot(self) -> Snapshot:
+        return self._snapshot
+
+
+class _RankObserver:
+    """Tells the board, and Ray Train from every rank, as it asks for."""
+
+    def __init__(self, board: Any, rank: int, ranks: int) -> None:
+        self._board, self._rank, self._ranks = board, rank, ranks
+
+    def on_steps(self, step: int, steps: int, loss: float) -> None:
+        if self._rank == 0:
+            self._board.on_steps.remote(step, steps, loss)
+
+    def on_wave(self, users: int, wave: int) -> None:
+        self._board.on_wave.remote(users, wave)
+
+    def on_model(self, sharding: str, parameter_bytes: int, parameter_bytes_held: int) -> None:
+        if self._rank == 0:
+            mib = 2**20
+            self._board.on_model.remote(
+                f"{self._ranks} ranks, {sharding}: {parameter_bytes / mib:,.1f} MiB of parameters, {parameter_bytes_held / mib:,.1f} MiB on each rank"
+            )
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """What Ray Train runs in every worker."""
+    context = ray.train.get_context()
+    assignment = Assignment(
+        settings=parse_settings(config["settings"]),
+        fingerprint=config["fingerprint"],
+        generation=config["generation"],
+        labels=LabelSpace.from_json(config["labels"]),
+        partitions_uri=config["partitions_uri"],
+        waves=[Wave(**wave) for wave in config["waves"]],
+    )
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    run_rank(assignment, rank, ranks, _RankObserver(config["board"], rank, ranks))
+    ray.train.report({"rank": rank})
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run whose data is partitioned and planned."""
+
+    store: AdapterStore
+    run: RunState
+    assignment: Assignment
+    stats: PartitionStats
+    weight_hash: str
+    resumed: bool
+
+
+def train(settings: Settings) -> Published:
+    """Run the whole job on the connected Ray cluster and publish a generation. Raises PloraError.
+
+    An unfinished run of the same data and settings in the same store is continued.
+    """
+    began = time.monotonic()
+    with ProgressLine() as line:
+        prepared = _prepare(settings, line)
+        if prepared.store.manifest(prepared.assignment.generation) is None:
+            _fit(prepared, line)
+        return publish(
+            prepared.store, prepared.run, prepared.assignment, prepared.stats, prepared.weight_hash, seconds=time.monotonic() - began
+        )
+
+
+def _prepare(settings: Settings, line: ProgressLine) -> _Prepared:
+    """Everything that can be refused is refused here, before any worker starts."""
+    weights = weight_hash(settings.model.name)
+    load_tokenizer(settings.model.name)
+    units = list_units(settings.data)
+    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=True)
+    store.objects.probe()
+    run = RunState(store.objects, run_fingerprint(settings, fingerprint(settings.data, units), weights))
+    generation, resumed = run.begin()
+    line.say(f"generation {generation} ({'resuming' if resumed else 'new'}) in {store.uri}")
+    line.say(f"partitioning {settings.data.source} by user ...")
+    uri = store.objects.uri_of(f"{run.folder}/partitions")
+    stats = partition_rows(
+        settings.data, settings.task, uri, settings.training.partitions, store.hash_secret, resolve_model(settings.model.name),
+        settings.model.max_length, settings.training.seed, storage_options=settings.store.storage_options(),
+    )  # fmt: skip
+    labels = _labels(settings, stats, uri)
+    waves = plan_waves({index: part.train_users for index, part in enumerate(stats.partitions)}, settings.training.users_per_wave)
+    skipped = f", {sum(stats.skipped.values()):,} bad rows skipped" if stats.skipped else ""
+    line.say(f"{stats.train_users:,} users to train, {stats.rows('train'):,} training rows, {len(waves)} waves{skipped}")
+    assignment = Assignment(_absolute(settings, store), run.folder.rpartition("/")[2], generation, labels, uri, waves)
+    return _Prepared(store, run, assignment, stats, weights, resumed)
+
+
+def _absolute(settings: Settings, store: AdapterStore) -> Settings:
+    """The settings with a store URI that means the same in every worker's working directory."""
+    return settings.model_copy(update={"store": settings.store.model_copy(update={"uri": store.uri})})
+
+
+def _labels(settings: Settings, stats: PartitionStats, uri: str) -> LabelSpace:
+    classes = label_space(stats, settings.task)
+    if settings.task == "classification":
+        return LabelSpace("classification", tuple(classes))
+    count = total = squares = 0.0
+    for index in range(len(stats.partitions)):
+        table = read_partition(uri, index, settings.store.storage_options())
+        values = table.labels[table.split == 0].astype(float)
+        count, total, squares = count + len(values), total + values.sum(), squares + (values**2).sum()
+    mean = total / count
+    return LabelSpace("regression", mean=float(mean), std=float(max(squares / count - mean**2, 0.0) ** 0.5) or 1.0)
+
+
+def _fit(prepared: _Prepared, line: ProgressLine) -> None:
+    settings = prepared.assignment.settings
+    writer = prepared.store.begin(prepared.assignment.generation, KIND)
+    done = sum(segment.users for segment in writer.finished_waves().values())
+    line.users_at_start = done
+    if done:
+        line.say(f"{done:,} users are finished already and are not trained again")
+    board = ProgressBoard.remote(done, prepared.stats.train_users)  # type: ignore[attr-defined]
+    workers, use_gpu = _scale(settings)
+    filesystem, path = prepared.store.objects.arrow_filesystem(f"{prepared.run.folder}/ray")
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config={
+            "settings": settings.model_dump(mode="json"),
+            "fingerprint": prepared.assignment.fingerprint,
+            "generation": prepared.assignment.generation,
+            "labels": prepared.assignment.labels.to_json(),
+            "partitions_uri": prepared.assignment.partitions_uri,
+            "waves": [asdict(wave) for wave in prepared.assignment.waves],
+            "board": board,
+        },
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        run_config=RunConfig(
+            name="train-all", storage_path=path, storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=settings.training.max_failures),
+        ),
+    )  # fmt: skip
+    with _watching(board, line):
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise TrainingFailed(f"training stopped: {_reason(error)}; run the same command again to go on from the last finished wave") from error
+    ray.kill(board)
+
+
+def _scale(settings: Settings) -> tuple[int, bool]:
+    """(workers, whether each takes a GPU), with `auto` resolved against the cluster's resources."""
+    training, resources = settings.training, ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    use_gpu = gpus > 0 if training.use_gpu == "auto" else training.use_gpu
+    if training.num_workers != "auto":
+        return training.num_workers, use_gpu
+    available = gpus if use_gpu else min(2, int(resources.get("CPU", 1)))
+    return max(1, min(available, training.partitions)), use_gpu
+
+
+class _watching:
+    """Draws the board's snapshots in a thread while the body runs."""
+
+    def __init__(self, board: Any, line: ProgressLine) -> None:
+        self._board, self._line, self._stop = board, line, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._said = ""
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._draw()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._draw()
+
+    def _draw(self) -> None:
+        try:
+            snapshot: Snapshot = ray.get(self._board.snapshot.remote(), timeout=5)
+        except ray.exceptions.RayError:
+            return  # the board comes back with its node, or the job fails with a better message
+        if snapshot.model and snapshot.model != self._said:
+            self._said = snapshot.model
+            self._line.say(snapshot.model)
+        self._line.show(snapshot)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line."""
+    text = str(error).strip().splitlines()
+    return (text[-1] if text else type(error).__name__)[:300]

@@ -1,0 +1,99 @@
+"""Passes through the frozen model in the user stage: each different text once where the user doesn't matter.
+
+At one common vector, logits and Jacobians depend on the text alone; a bounded cache keeps them over users and waves.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+from torch import Tensor
+
+from plora_ray.adapters.fit import Linearisation, linearise
+from plora_ray.adapters.model import PersonalizedModel
+from plora_ray.data.batches import token_budget_batches
+from plora_ray.training.engine import ShardedTrainer
+from plora_ray.training.rank_rows import RankRows
+
+CACHE_BYTES = 256 * 2**20
+
+
+class FrozenPasses:
+    """Forward and backward passes of one rank, in step with the other ranks where the model is sharded."""
+
+    def __init__(self, trainer: ShardedTrainer, model: PersonalizedModel, rows: RankRows, *, batch_tokens: int, batch_rows: int) -> None:
+        self._trainer, self._model, self._rows = trainer, model, rows
+        self._batch_tokens, self._batch_rows = batch_tokens, batch_rows
+        self._point: Tensor | None = None
+        self._cache: LRUCache[bytes, tuple[Tensor, Tensor]] = LRUCache(
+            CACHE_BYTES, getsizeof=lambda value: sum(t.numel() * t.element_size() for t in value)
+        )
+
+    @property
+    def outputs(self) -> int:
+        """Logits a row."""
+        return self._model.spec.outputs
+
+    def linearise(self, rows: np.ndarray, point: Tensor) -> tuple[Linearisation, Tensor]:
+        """Linearisation at `point` [d] of the different texts of `rows`, and for each row its text's index [rows]."""
+        if self._point is None or not torch.equal(self._point, point):
+            self._cache.clear()
+            self._point = point.clone()
+        firsts, index = self._distinct(rows)
+        names = [self._rows.text(row) for row in firsts]
+        known = {name: self._cache[name] for name in names if name in self._cache}
+        wanted = np.array([row for row, name in zip(firsts, names, strict=True) if name not in known], np.int64)
+        for batch, real in self._batches(wanted):
+            ids, mask = self._rows.inputs(batch, self._trainer.device)
+            logits, jacobian = linearise(self._model, ids, mask, point.float(), self._model.spec.task)
+            if not real:
+                continue
+            for row, z, j in zip(batch, logits.cpu(), jacobian.cpu(), strict=True):
+                known[self._rows.text(row)] = (z, j)
+        for name in names:
+            if self._cache.getsizeof(known[name]) <= self._cache.maxsize:
+                self._cache[name] = known[name]
+        outputs, dim = self._model.spec.outputs, len(point)
+        free = 1 if self._model.spec.task == "regression" else outputs - 1
+        logits = torch.stack([known[name][0] for name in names]) if names else torch.empty(0, outputs)
+        jacobian = torch.stack([known[name][1] for name in names]) if names else torch.empty(0, free, dim)
+        return Linearisation(point.float(), logits, jacobian), torch.from_numpy(index)
+
+    def population_logits(self, rows: np.ndarray) -> Tensor:
+        """Logits [rows, outputs] with no user; each different text is computed once."""
+        firsts, index = self._distinct(rows)
+        return self._forward(firsts, None)[torch.from_numpy(index)]
+
+    def user_logits(self, rows: np.ndarray, vectors: Tensor) -> Tensor:
+        """Logits [rows, outputs] with each row's own user vector [rows, d]."""
+        return self._forward(rows, vectors)
+
+    @torch.no_grad()
+    def _forward(self, rows: np.ndarray, vectors: Tensor | None) -> Tensor:
+        result = torch.empty(len(rows), self._model.spec.outputs)
+        for places, real in self._batches(np.arange(len(rows)), self._rows.lengths[rows]):
+            ids, mask = self._rows.inputs(rows[places], self._trainer.device)
+            chosen = None
+            if vectors is not None:
+                chosen = vectors[places] if len(places) else torch.zeros(1, vectors.shape[1])
+                chosen = chosen.to(self._trainer.device)
+            logits = self._model(ids, mask, chosen)
+            if real:
+                result[places] = logits.cpu()
+        return result
+
+    def _batches(self, items: np.ndarray, lengths: np.ndarray | None = None) -> list[tuple[np.ndarray, bool]]:
+        """Batches of `items` (rows unless `lengths` are given), with idle passes while other ranks still work."""
+        lengths = self._rows.lengths[items] if lengths is None else lengths
+        groups = token_budget_batches(lengths, max_tokens=self._batch_tokens, max_rows=self._batch_rows, shuffle_seed=None)
+        batches = [items[group] for group in groups]
+        return [(batch, real) for batch, real, _ in self._trainer.lockstep(batches, np.empty(0, np.int64))]
+
+    def _distinct(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First row of every different text among `rows`, and each row's index into them."""
+        seen: dict[bytes, int] = {}
+        index = np.array([seen.setdefault(self._rows.text(row), len(seen)) for row in rows], np.int64)
+        firsts = np.empty(len(seen), np.int64)
+        firsts[index[::-1]] = rows[::-1]
+        return firsts, index

@@ -1,0 +1,127 @@
+"""What one rank of the job does, from its partitions to its last wave. Needs a process group; knows nothing of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from plora_ray.adapters.fit import UserPrior, prior_from_moments
+from plora_ray.adapters.labels import LabelSpace
+from plora_ray.adapters.model import PersonalizedModel
+from plora_ray.adapters.objective import PopulationObjective
+from plora_ray.adapters.pretrained import load_tokenizer
+from plora_ray.config import Settings
+from plora_ray.data.partition import read_partition
+from plora_ray.store import AdapterStore
+from plora_ray.training.checkpoints import PopulationCheckpoints
+from plora_ray.training.engine import ShardedTrainer, choose_sharding
+from plora_ray.training.passes import FrozenPasses
+from plora_ray.training.population import PopulationStage
+from plora_ray.training.rank_rows import RankRows
+from plora_ray.training.run_state import RunState
+from plora_ray.training.user_stage import UserStage, calibrate
+from plora_ray.training.user_table import UserTable
+from plora_ray.training.waves import Wave, owned_partitions
+
+KIND = "plora"
+
+
+class Observer(Protocol):
+    """Who hears of a rank's progress."""
+
+    def on_steps(self, step: int, steps: int, loss: float) -> None: ...
+    def on_wave(self, users: int, wave: int) -> None: ...
+    def on_model(self, sharding: str, parameter_bytes: int, parameter_bytes_held: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """All that the ranks of one run share. partitions_uri: where the partition files lie."""
+
+    settings: Settings
+    fingerprint: str
+    generation: str
+    labels: LabelSpace
+    partitions_uri: str
+    waves: list[Wave]
+
+
+def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) -> None:
+    """Both stages of this rank's share. Every rank of the group must call; safe to call again after any failure."""
+    settings = assignment.settings
+    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=False)
+    rows = _load_rows(assignment, store, rank, ranks)
+    trainer, model = _build(assignment, observer)
+    table = UserTable(len(rows.keys), settings.adapter.user_dim, learning_rate=settings.training.user_learning_rate)
+    run = RunState(store.objects, assignment.fingerprint)
+    checkpoints = PopulationCheckpoints(store.objects, run.folder, rank)
+    PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps).run()
+
+    trainer.freeze()
+    writer = store.begin(assignment.generation, KIND)
+    passes = FrozenPasses(
+        trainer, model, rows, batch_tokens=settings.training.batch_tokens, batch_rows=settings.training.batch_rows
+    )
+    prior = _prior(run, table, passes, rows, model, rank)
+    shared = trainer.gathered()
+    if rank == 0:
+        writer.write_shared({**shared, **prior.tensors()}, {"format": "pt"})
+    finished: list[set[int]] = [set(writer.finished_waves()) if rank == 0 else set()]
+    dist.broadcast_object_list(finished, src=0)
+    mine = set(owned_partitions(settings.training.partitions, rank, ranks))
+    stage = UserStage(passes, rows, prior, settings.task, writer, run, observer.on_wave)
+    stage.fit_waves([wave for wave in assignment.waves if wave.partition in mine], finished[0], _in_step(trainer))
+    dist.barrier()
+
+
+def _load_rows(assignment: Assignment, store: AdapterStore, rank: int, ranks: int) -> RankRows:
+    settings = assignment.settings
+    owned = owned_partitions(settings.training.partitions, rank, ranks)
+    tables = {index: read_partition(assignment.partitions_uri, index, settings.store.storage_options()) for index in owned}
+    pad_id = load_tokenizer(settings.model.name).pad_token_id
+    return RankRows(tables, assignment.labels, frozenset(store.tombstones()), 0 if pad_id is None else pad_id)
+
+
+def _build(assignment: Assignment, observer: Observer) -> tuple[ShardedTrainer, PersonalizedModel]:
+    settings = assignment.settings
+    torch.manual_seed(settings.training.seed)  # equal starting parameters on all ranks
+    dtype = torch.bfloat16 if settings.model.dtype == "bf16" else torch.float32
+    model = PersonalizedModel.from_pretrained(settings.adapter_spec(assignment.labels.outputs), dtype=dtype)
+    training = settings.training
+    objective = PopulationObjective(
+        model, user_dropout=training.user_dropout, mutual_information=training.mutual_information.build()
+    )
+    parameter_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    sharding = choose_sharding(training.sharding, parameter_bytes)
+    trainer = ShardedTrainer(
+        objective, model.shared_parameters(), sharding=sharding, learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay, gradient_clipping=training.gradient_clipping, batch_rows=training.batch_rows,
+    )  # fmt: skip
+    observer.on_model(sharding, parameter_bytes, trainer.parameter_bytes_held())
+    torch.manual_seed(training.seed * 7919 + dist.get_rank() + 1)  # dropout differs between ranks
+    return trainer, model
+
+
+def _prior(run: RunState, table: UserTable, passes: FrozenPasses, rows: RankRows, model: PersonalizedModel, rank: int) -> UserPrior:
+    """The run's prior: kept from before, or from all ranks' user vectors with the scale that validation rows choose."""
+    kept: list[UserPrior | None] = [run.load_prior() if rank == 0 else None]
+    dist.broadcast_object_list(kept, src=0)
+    if kept[0] is not None:
+        return kept[0]
+    met = table.vectors[(table.steps > 0) & ~torch.from_numpy(rows.erased)].double()
+    dim = met.shape[1]
+    sums = torch.cat([torch.tensor([float(len(met))], dtype=torch.float64), met.sum(0), (met.T @ met).flatten()])
+    dist.all_reduce(sums)
+    prior = prior_from_moments(int(sums[0]), sums[1 : dim + 1], sums[dim + 1 :].view(dim, dim))
+    prior = calibrate(prior, passes, rows, model.spec.task)
+    if rank == 0:
+        run.save_prior(prior)
+    return prior
+
+
+def _in_step(trainer: ShardedTrainer) -> Callable[[list[Wave | None]], list[Wave | None]]:
+    return lambda waves: [wave for wave, _, _ in trainer.lockstep(waves, None)]

@@ -1,0 +1,109 @@
+"""The rows of the partitions one rank owns, as flat arrays, and batches of them as tensors.
+
+A row is one text with its label; a user is a contiguous run of rows. Knows nothing of models or storage formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from functools import cached_property
+
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plora_ray.adapters.labels import LabelSpace
+from plora_ray.data.batches import pad_tokens
+from plora_ray.data.rows import SPLITS, SplitName
+from plora_ray.data.table import PartitionTable
+
+
+SPLIT_CODES: dict[SplitName, int] = {name: code for code, name in enumerate(SPLITS)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids, attention_mask: [batch, tokens]; users: [batch] index into the rank's users (CPU); labels, weights: [batch]."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    users: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+class RankRows:
+    """Rows of a rank's partitions, in partition order.
+
+    keys: [users, 16] uint8. partition_users: partition -> slice of its users. row_users: [rows] user of each row.
+    lengths: [rows] tokens. labels: [rows] tensor. erased: [users] bool; an erased user's rows are in no split.
+    """
+
+    def __init__(self, partitions: Mapping[int, PartitionTable], labels: LabelSpace, erased: Set[bytes], pad_id: int) -> None:
+        tables = [partitions[index] for index in sorted(partitions)]
+        self._pad_id = pad_id
+        self.partition_users: dict[int, slice] = {}
+        start = 0
+        for index in sorted(partitions):
+            self.partition_users[index] = slice(start, start + len(partitions[index].keys))
+            start += len(partitions[index].keys)
+        self.keys = np.concatenate([np.empty((0, 16), np.uint8), *(table.keys for table in tables)])
+        counts = [np.diff(table.user_offsets) for table in tables]
+        self.row_users = np.repeat(np.arange(start), np.concatenate([np.empty(0, np.int64), *counts]).astype(np.int64))
+        self.lengths = np.concatenate([np.empty(0, np.int64), *(np.diff(table.row_offsets) for table in tables)])
+        self._tokens = np.concatenate([np.empty(0, np.int32), *(table.tokens for table in tables)])
+        self._row_starts = np.cumsum(self.lengths) - self.lengths
+        raw_labels = [label for table in tables for label in table.labels.tolist()]
+        self.labels = labels.encode(raw_labels)
+        self._split = np.concatenate([np.empty(0, np.int8), *(table.split for table in tables)])
+        self.erased = np.fromiter((key.tobytes() in erased for key in self.keys), bool, count=len(self.keys))
+
+    @cached_property
+    def _usable(self) -> np.ndarray:
+        return ~self.erased[self.row_users]
+
+    @cached_property
+    def _trainable(self) -> np.ndarray:
+        has_rows = np.zeros(len(self.keys), bool)
+        has_rows[self.row_users[self._split == SPLIT_CODES["train"]]] = True
+        return has_rows
+
+    def of_split(self, split: SplitName, users: np.ndarray | None = None) -> np.ndarray:
+        """Indices of the rows in a split, of all users or of `users` (ascending)."""
+        if users is None:
+            return np.flatnonzero((self._split == SPLIT_CODES[split]) & self._usable)
+        if not len(users):
+            return np.empty(0, np.int64)
+        low, high = np.searchsorted(self.row_users, [users[0], users[-1] + 1])
+        chosen = (self._split[low:high] == SPLIT_CODES[split]) & self._usable[low:high]
+        rows = low + np.flatnonzero(chosen)
+        return rows[np.isin(self.row_users[rows], users)]
+
+    def trainable_users(self, partition: int) -> np.ndarray:
+        """Users of a partition that have training rows, erased or not, in key order: what waves are cut from."""
+        span = self.partition_users[partition]
+        return np.flatnonzero(self._trainable[span]) + span.start
+
+    def text(self, row: int) -> bytes:
+        """The row's token ids as bytes: equal for equal texts."""
+        start = self._row_starts[row]
+        return self._tokens[start : start + self.lengths[row]].tobytes()
+
+    def inputs(self, rows: np.ndarray, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """input_ids and attention_mask [batch, tokens], padded to the longest of `rows`."""
+        if not len(rows):
+            ids = torch.full((1, 8), self._pad_id, device=device)
+            return ids, torch.ones_like(ids)
+        ids, mask = pad_tokens(self._tokens, self._row_starts[rows], self.lengths[rows], self._pad_id)
+        return ids.to(device), mask.to(device)
+
+    def batch(self, rows: np.ndarray, device: torch.device | None = None) -> Batch:
+        """A training batch; with no rows, one row of weight zero that only keeps ranks in step."""
+        ids, mask = self.inputs(rows, device)
+        if not len(rows):
+            label = torch.zeros(1, dtype=self.labels.dtype, device=device)
+            return Batch(ids, mask, torch.zeros(1, dtype=torch.int64), label, torch.zeros(1, device=device))
+        users = torch.from_numpy(self.row_users[rows])
+        return Batch(ids, mask, users, self.labels[rows].to(device), torch.ones(len(rows), device=device))

@@ -1,0 +1,102 @@
+"""A run: one training job from its first start to its published generation, over any number of restarts.
+
+Its folder in the store is named by a fingerprint of the data and of the settings that shape the result, so the same
+command finds its unfinished work again. It holds tokens and results of users' texts and is deleted once the generation
+is published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+from safetensors.torch import load, save
+
+from plora_ray.adapters.fit import UserPrior
+from plora_ray.config import Settings
+from plora_ray.store.objects import ObjectStore
+
+RUNS = "runs"
+# What may change between two starts of the same run: it shapes how the work is done, not what comes out.
+_FREE_SETTINGS = {"num_workers", "use_gpu", "sharding", "max_failures"}
+
+
+@dataclass(frozen=True)
+class WaveOutcome:
+    """What one wave did, for the report; rows are the test rows of its users, users are places in the wave.
+
+    examples: [users] training rows. row_users: [rows]. labels: [rows] encoded. population, personal: [rows, outputs]
+    logits without and with the user. label_counts: [users, outputs] training labels (for a regression their sum).
+    """
+
+    examples: np.ndarray
+    row_users: np.ndarray
+    labels: np.ndarray
+    population: np.ndarray
+    personal: np.ndarray
+    label_counts: np.ndarray
+
+
+def run_fingerprint(settings: Settings, data_fingerprint: str, weight_hash: str) -> str:
+    """32 hex digits that change with anything that changes what training makes."""
+    shaping: dict[str, Any] = settings.model_dump(mode="json", include={"task", "model", "adapter", "training"})
+    for name in _FREE_SETTINGS:
+        del shaping["training"][name]
+    text = json.dumps([shaping, data_fingerprint, weight_hash], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def new_generation_id() -> str:
+    """An id that sorts by time: g-20260131T093000-1a2b3c."""
+    return f"g-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+
+
+class RunState:
+    """The run's folder. Every object in it is written whole."""
+
+    def __init__(self, objects: ObjectStore, fingerprint: str) -> None:
+        self._objects = objects
+        self.folder = f"{RUNS}/{fingerprint}"
+
+    def begin(self) -> tuple[str, bool]:
+        """(generation id this run makes, whether the run was begun before). The id is fixed by whoever comes first."""
+        mine = json.dumps({"generation": new_generation_id()}).encode()
+        standing = self._objects.update(f"{self.folder}/run.json", lambda data: None if data else mine) or mine
+        return json.loads(standing)["generation"], standing != mine
+
+    def save_prior(self, prior: UserPrior) -> None:
+        """Keep the calibrated prior: all waves of a run are fitted under one."""
+        self._objects.write(f"{self.folder}/prior.safetensors", save(prior.tensors()))
+
+    def load_prior(self) -> UserPrior | None:
+        """The kept prior, or None before it was calibrated."""
+        path = f"{self.folder}/prior.safetensors"
+        data = self._objects.read_many([path]).get(path)
+        return None if data is None else UserPrior.from_tensors(load(data))
+
+    def save_wave(self, wave: int, outcome: WaveOutcome) -> None:
+        """Keep a wave's outcome."""
+        arrays = {name: np.ascontiguousarray(values) for name, values in vars(outcome).items()}
+        self._objects.write(self._wave_path(wave), save_arrays(arrays))
+
+    def load_waves(self, waves: Iterable[int]) -> dict[int, WaveOutcome]:
+        """The outcomes kept of `waves`."""
+        paths = {self._wave_path(wave): wave for wave in waves}
+        return {paths[path]: WaveOutcome(**load_arrays(data)) for path, data in self._objects.read_many(list(paths)).items()}
+
+    def delete(self) -> None:
+        """Drop the whole folder; run.json last, so that a half-deleted run is still recognised."""
+        paths = [info.path for info in self._objects.list(self.folder)]
+        for path in sorted(paths, key=lambda path: path.endswith("/run.json")):
+            self._objects.delete(path)
+
+    def _wave_path(self, wave: int) -> str:
+        return f"{self.folder}/waves/{wave:05d}.safetensors"

@@ -1,0 +1,117 @@
+"""The user stage: with everything shared frozen, every user's own vector, wave by wave. No gradient leaves the rank.
+
+A finished wave is a segment in the store and is never trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from plora_ray.adapters.fit import UserPrior, solve_users
+from plora_ray.adapters.model import Task
+from plora_ray.store.writer import GenerationWriter
+from plora_ray.training.passes import FrozenPasses
+from plora_ray.training.rank_rows import RankRows
+from plora_ray.training.run_state import RunState, WaveOutcome
+from plora_ray.training.waves import Wave
+
+PRIOR_SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+CALIBRATION_ROWS = 1024  # training rows of the users on whose validation rows the prior's scale is chosen
+
+WaveReport = Callable[[int, int], None]  # users done in this wave, wave index
+
+
+def calibrate(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
+    """`prior` with the covariance scale that predicts rank 0's validation rows best; unscaled if it has none.
+
+    All ranks must call; all get rank 0's choice.
+    """
+    users = _calibration_users(rows) if dist.get_rank() == 0 else np.empty(0, np.int64)
+    train, held_out = rows.of_split("train", users), rows.of_split("validation", users)
+    linear, texts = passes.linearise(np.concatenate([train, held_out]), prior.mean)
+    local = torch.from_numpy(np.searchsorted(users, rows.row_users[np.concatenate([train, held_out])]))
+    labels = rows.labels[np.concatenate([train, held_out])]
+    cut = len(train)
+    losses = []
+    for scale in PRIOR_SCALES if len(held_out) else ():
+        fitted = solve_users(linear, texts[:cut], labels[:cut], local[:cut], len(users), prior.scaled(scale), task).vectors
+        predicted = linear.predict(texts[cut:], fitted[local[cut:]], task)
+        losses.append(_mean_loss(predicted, labels[cut:], task))
+    best = torch.tensor(PRIOR_SCALES[int(np.argmin(losses))] if losses else 1.0, dtype=torch.float64)
+    dist.broadcast(best, src=0)
+    return prior.scaled(float(best))
+
+
+def _calibration_users(rows: RankRows) -> np.ndarray:
+    """The first users with validation rows, as many as have CALIBRATION_ROWS training rows together."""
+    candidates = np.unique(rows.row_users[rows.of_split("validation")])
+    counts = np.bincount(rows.row_users[rows.of_split("train")], minlength=len(rows.keys))[candidates]
+    return candidates[: int(np.searchsorted(np.cumsum(counts), CALIBRATION_ROWS)) + 1]
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, task: Task) -> float:
+    if task == "regression":
+        return F.mse_loss(logits[:, 0], labels).item()
+    return F.cross_entropy(logits, labels).item()
+
+
+@dataclass
+class UserStage:
+    """One rank's part: fits the waves of its partitions that `finished` doesn't name and writes each as a segment."""
+
+    passes: FrozenPasses
+    rows: RankRows
+    prior: UserPrior
+    task: Task
+    writer: GenerationWriter
+    run: RunState
+    on_wave: WaveReport
+
+    def fit_waves(self, waves: list[Wave], finished: Collection[int], in_step: Callable[[list[Wave | None]], list[Wave | None]]) -> None:
+        """Fit what is left. in_step: pads the list of waves with None until all ranks have as many (when sharded)."""
+        left: list[Wave | None] = [wave for wave in waves if wave.index not in finished]
+        for wave in in_step(left):
+            self._fit(wave)
+
+    def _fit(self, wave: Wave | None) -> None:
+        users = self._users(wave)
+        train, held_out = self.rows.of_split("train", users), self.rows.of_split("test", users)
+        linear, texts = self.passes.linearise(train, self.prior.mean)
+        local = torch.from_numpy(np.searchsorted(users, self.rows.row_users[train]))
+        vectors = solve_users(linear, texts, self.rows.labels[train], local, len(users), self.prior, self.task).vectors
+        tested = np.searchsorted(users, self.rows.row_users[held_out])
+        population = self.passes.population_logits(held_out)
+        personal = self.passes.user_logits(held_out, vectors[torch.from_numpy(tested)])
+        if wave is None:
+            return
+        examples = np.bincount(local.numpy(), minlength=len(users)).astype(np.int32)
+        outcome = WaveOutcome(
+            examples=examples, row_users=tested, labels=self.rows.labels[held_out].numpy(), population=population.numpy(), personal=personal.numpy(),
+            label_counts=self._label_counts(train, local.numpy(), len(users)),
+        )  # fmt: skip
+        self.run.save_wave(wave.index, outcome)  # before the segment: a wave with a segment is finished for good
+        if len(users):
+            self.writer.write_segment(wave.index, self.rows.keys[users], vectors.numpy(), examples)
+        self.on_wave(len(users), wave.index)
+
+    def _users(self, wave: Wave | None) -> np.ndarray:
+        if wave is None:
+            return np.empty(0, np.int64)
+        users = self.rows.trainable_users(wave.partition)[wave.start : wave.stop]
+        return users[~self.rows.erased[users]]
+
+    def _label_counts(self, train: np.ndarray, local: np.ndarray, users: int) -> np.ndarray:
+        """How often each user gave each class (or, for a regression, the sum of the labels): [users, outputs]."""
+        labels = self.rows.labels[train].numpy()
+        if self.task == "regression":
+            return np.bincount(local, weights=labels, minlength=users).astype(np.float32)[:, None]
+        outputs = int(self.passes.outputs)
+        flat = np.bincount(local * outputs + labels, minlength=users * outputs)
+        return flat.reshape(users, outputs).astype(np.float32)
