@@ -6,6 +6,7 @@ This file knows locations, formats by name and the mapping of columns; it doesn'
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import zlib
@@ -128,7 +129,7 @@ def read_unit(unit: ReadUnit, settings: SourceSettings) -> Iterator[RawRows]:
                     _require_filter_columns(settings, records, unit.file)
                 _refuse_late_columns(settings.columns, mapping, records, unit.file)
             yield _mapped(records, mapping or settings.columns, settings, unit)
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{unit.file} can't be read: {reason}") from error
 
