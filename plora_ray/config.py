@@ -127,7 +127,12 @@ class LimitSettings(_Section):
 
 
 class ServingSettings(_Section):
-    """The HTTP application. proxy haproxy: one hop, the production default; serve: the plain Ray Serve proxy."""
+    """The HTTP application. proxy haproxy: one hop, the production default; serve: the plain Ray Serve proxy.
+
+    refresh_s: how often a replica looks for a new generation and for erased users. adapter_max_age_s: after this long a cached
+    adapter is compared with the store again, which bounds how late a replica follows adaptations made elsewhere.
+    model_name: what the Open Inference Protocol calls the model.
+    """
 
     replicas: int = Field(1, ge=1)
     replica_cpus: float = Field(1.0, ge=0)
@@ -139,8 +144,10 @@ class ServingSettings(_Section):
     batch_rows: int = Field(64, ge=1)
     batch_wait_ms: float = Field(2.0, ge=0, le=1000)
     cache_bytes: int = Field(256 * 2**20, ge=0)
+    adapter_max_age_s: float = Field(30.0, gt=0)
     unknown_user_ttl_s: float = Field(2.0, ge=0)
     refresh_s: float = Field(1.0, gt=0)
+    model_name: str = Field("plora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     request_timeout_s: float = Field(30.0, gt=0)
     limits: LimitSettings = LimitSettings()
     auth: AuthSettings = AuthSettings()
@@ -156,6 +163,14 @@ class Settings(_Section):
     training: TrainingSettings = TrainingSettings()
     store: StoreSettings = StoreSettings()
     serving: ServingSettings = ServingSettings()
+
+    @model_validator(mode="after")
+    def _batches_hold_a_text(self) -> Settings:
+        longest = self.model.max_length
+        for name, tokens in (("training", self.training.batch_tokens), ("serving", self.serving.batch_tokens)):
+            if tokens < longest:
+                raise ValueError(f"{name}.batch_tokens is {tokens}: it must be at least model.max_length ({longest})")
+        return self
 
     def adapter_spec(self, outputs: int) -> AdapterSpec:
         """The personalised model's shapes for `outputs` classes (1 for a regression)."""

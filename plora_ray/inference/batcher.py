@@ -25,6 +25,10 @@ class QueueFull(PloraError):
     """More rows are waiting than the queue may hold: ask again a little later."""
 
 
+class EngineClosed(PloraError):
+    """The engine was replaced by one of another generation: ask that one."""
+
+
 @dataclass
 class _Row:
     ids: Sequence[int]
@@ -49,12 +53,12 @@ class Batcher:
         self._thread.start()
 
     def submit(self, rows: Sequence[tuple[Sequence[int], Tensor | None]]) -> list[Future[Tensor]]:
-        """Queue rows (token ids, user vector [d] or None), all or none. Raises QueueFull."""
+        """Queue rows (token ids, user vector [d] or None), all or none. Raises QueueFull, EngineClosed."""
         now = time.monotonic()
         queued = [_Row(ids, vector, now) for ids, vector in rows]
         with self._changed:
             if self._closed:
-                raise QueueFull("this engine is being replaced: ask again")
+                raise EngineClosed("this engine was replaced")
             if len(self._rows) + len(queued) > self._max_queued:
                 raise QueueFull(f"{len(self._rows)} texts are waiting already and the queue holds {self._max_queued}")
             self._rows.extend(queued)

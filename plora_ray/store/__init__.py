@@ -4,7 +4,7 @@ adapters of single users beside them, tombstones of the erased above both. `Adap
 """
 
 from plora_ray.store.adapter_store import AdapterStore, GenerationInfo
-from plora_ray.store.adapters import UserAdapter, new_version
+from plora_ray.store.adapters import UserAdapter, is_version, new_version
 from plora_ray.store.manifest import Manifest, ModelRef, ObjectRef, SegmentRef
 from plora_ray.store.objects import ObjectStore
 from plora_ray.store.reader import GenerationReader
@@ -23,5 +23,6 @@ __all__ = [
     "SegmentRef",
     "SharedWeights",
     "UserAdapter",
+    "is_version",
     "new_version",
 ]

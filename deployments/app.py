@@ -1,0 +1,98 @@
+"""The Ray Serve application: `deployments.app:build`, as Serve config files name it. The only file here that defines deployments."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.fitting import FitRequest, FitResult, FittingService
+from deployments.prediction import PredictionService
+from deployments.routes import create_api
+from plora_ray.config import Settings, load_settings, parse_settings
+from plora_ray.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+FITS_AT_ONCE = 64
+FIT_WAIT_S = 0.01
+
+
+def _use_cpus(cpus: float) -> None:
+    """As many torch threads as the replica was given CPUs; Ray only counts CPUs, it doesn't enforce them."""
+    torch.set_num_threads(max(1, math.floor(cpus)))
+
+
+@serve.deployment(name="Personalizer", max_ongoing_requests=4 * FITS_AT_ONCE)
+class Personalizer:
+    """Fits users' adapters; calls that arrive together are fitted together."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        parsed = parse_settings(settings)
+        _use_cpus(parsed.serving.replica_cpus)
+        self._service = FittingService(parsed)
+
+    @serve.batch(max_batch_size=FITS_AT_ONCE, batch_wait_timeout_s=FIT_WAIT_S)
+    async def fit(self, requests: list[FitRequest]) -> list[FitResult]:
+        """One result a request, in order."""
+        return await asyncio.to_thread(self._service.fit, requests)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_service"):
+            self._service.close()
+
+
+def _predictor(settings: Settings) -> Any:
+    """The Predictor deployment for these settings: HTTP, batching, cache and model in one process, so that a request makes one hop."""
+
+    def api() -> FastAPI:
+        return create_api(settings.serving, lambda: serve.get_replica_context().servable_object.service)
+
+    @serve.deployment(name="Predictor")
+    @serve.ingress(api)
+    class Predictor:
+        def __init__(self, personalizer: DeploymentHandle) -> None:
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)  # one line a request is a cost and names nothing useful
+            _use_cpus(settings.serving.replica_cpus)
+
+            async def fit(request: FitRequest) -> FitResult:
+                result: FitResult = await personalizer.fit.remote(request)
+                return result
+
+            self.service = PredictionService(settings, fit)
+
+        def __del__(self) -> None:
+            if hasattr(self, "service"):
+                self.service.close()
+
+    return Predictor
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application. args: {"config": path of the settings file} or {"settings": the tree itself}. Raises ConfigError."""
+    settings = _settings(args)
+    if settings.serving.auth.algorithm is None:
+        log.warning("AUTHENTICATION IS OFF: whoever reaches this port may read, adapt and erase every user. Set serving.auth.algorithm.")
+    serving = settings.serving
+    resources = {"num_cpus": serving.replica_cpus, "num_gpus": serving.replica_gpus}
+    personalizer = Personalizer.options(ray_actor_options=resources).bind(settings.model_dump(mode="json"))  # type: ignore[attr-defined]
+    predictor = _predictor(settings).options(
+        num_replicas=serving.replicas, max_ongoing_requests=serving.limits.queued_texts, ray_actor_options=resources
+    )
+    application: serve.Application = predictor.bind(personalizer)
+    return application
+
+
+def _settings(args: dict[str, Any]) -> Settings:
+    match args:
+        case {"config": str(path), **rest} if not rest:
+            return load_settings(path)
+        case {"settings": dict(tree), **rest} if not rest:
+            return parse_settings(tree)
+    raise ConfigError('the application takes one argument: {"config": path of a settings file} or {"settings": {...}}')

@@ -1,0 +1,101 @@
+"""The application on a private cluster of this machine, with the production settings, until somebody stops it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+
+
+from plora_ray.config import Settings
+from plora_ray.errors import ConfigError, PloraError
+from plora_ray.runtime import private_cluster_environment, ray_temp_dir
+
+READY_POLL_S = 0.2
+READY_WITHIN_S = 180.0
+
+
+class NotReady(PloraError):
+    """The application didn't come up."""
+
+
+def serve_until_interrupted(settings: Settings, port: int) -> None:
+    """Start a local Ray cluster, deploy, print the address, wait for SIGINT or SIGTERM, stop everything.
+
+    Raises ConfigError if the port is taken, NotReady if no replica gets ready.
+    """
+    _check_port(settings.serving.host, port)
+    stop = threading.Event()
+    # Ray and Serve read these when they are imported, so both are imported after it.
+    if settings.serving.proxy == "haproxy":
+        from cluster.serve_environment import haproxy_environment
+
+        os.environ.update(haproxy_environment())
+    os.environ.update(private_cluster_environment())
+    import ray
+    from ray import serve
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="WARNING", _temp_dir=ray_temp_dir(), num_cpus=_cpus(settings))
+    for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs handlers of its own
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        _deploy(settings, port, stop)
+        if not stop.is_set():
+            _announce(settings, port)
+            stop.wait()
+    finally:
+        print("stopping ...", flush=True)
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _deploy(settings: Settings, port: int, stop: threading.Event) -> None:
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from deployments.app import build
+
+    print("starting the replicas ...", flush=True)
+    host = "0.0.0.0" if settings.serving.proxy == "haproxy" else settings.serving.host
+    serve.start(http_options=HTTPOptions(host=host, port=port))
+    # Checked before deploying, so that a wrong key is one line here and not a replica that never starts.
+    application = build({"settings": settings.model_dump(mode="json")})
+    from deployments.auth import Authenticator
+
+    Authenticator(settings.serving.auth)
+    serve.run(application, name="plora", route_prefix="/")
+    _wait_until_ready(port, stop)
+
+
+def _wait_until_ready(port: int, stop: threading.Event) -> None:
+    from plora_ray.client import Client
+
+    with Client(f"http://127.0.0.1:{port}", timeout_s=5) as client:
+        for _ in range(int(READY_WITHIN_S / READY_POLL_S)):
+            if client.ready() or stop.wait(READY_POLL_S):
+                return
+    raise NotReady(f"no replica got ready within {READY_WITHIN_S:.0f} s: is a generation published in the store (plora generations list)?")
+
+
+def _announce(settings: Settings, port: int) -> None:
+    print(f"ready: http://127.0.0.1:{port}  (interface: /docs, stop: Ctrl-C)", flush=True)
+    if settings.serving.auth.algorithm is None:
+        print("AUTHENTICATION IS OFF: whoever reaches this port may read, adapt and erase every user (serving.auth.algorithm)", flush=True)
+    if settings.serving.proxy == "haproxy":
+        print("HAProxy and the replicas listen on all interfaces; serving.proxy=serve listens on serving.host only", flush=True)
+
+
+def _cpus(settings: Settings) -> int:
+    """Enough logical CPUs for every replica and the Personalizer, however few the machine has; Ray only counts them."""
+    serving = settings.serving
+    return max(os.cpu_count() or 1, int(serving.replica_cpus * (serving.replicas + 1)) + 1)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"port {port} on {host} can't be used ({error.strerror}): choose another with --port") from error
