@@ -155,7 +155,7 @@ class LocalCluster:
         environment |= {
             # A job's `python` has to be the one that has Ray and this library.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-            **haproxy_files(directory / "haproxy"),  # a node is a machine of its own: two must not share HAProxy's sockets
+            **haproxy_files(self.directory),
             **self._overlay,
         }
         node = NodeProcess(directory, environment, self._cpus, head_options, self._address)

@@ -30,11 +30,15 @@ def haproxy_environment() -> dict[str, str]:
 
 
 def haproxy_files(directory: Path) -> dict[str, str]:
-    """Variables that keep HAProxy's configuration, sockets and state in `directory` instead of the machine-wide /tmp/haproxy-serve."""
+    """Variables that keep HAProxy's configuration, sockets and state below `directory` instead of /tmp/haproxy-serve.
+
+    Ray puts a folder named by the node's id (56 characters) between the directory and each file, and HAProxy refuses sockets
+    whose paths have more than 97: hence names of one letter, which leave 38 for the directory.
+    """
     return {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "a"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
     }

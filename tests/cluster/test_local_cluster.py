@@ -18,8 +18,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from cluster.local import LocalCluster
-from cluster.serve_environment import haproxy_environment
+from cluster.serve_environment import haproxy_environment, haproxy_files
 from plora_ray.errors import ConfigError
+from plora_ray.runtime import LONGEST_TEMP_DIR
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,3 +149,11 @@ def test_users_are_hashed_onto_replicas_by_the_header_that_clients_send() -> Non
     first, *directives = haproxy_environment()["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"].split("\n    ")
     assert first == "hdr(x-user-id)"
     assert directives == ["hash-type consistent", "hash-balance-factor 150"]
+
+
+def test_haproxy_accepts_the_socket_paths_of_every_directory_that_ray_accepts() -> None:
+    longest = "/" + "d" * (LONGEST_TEMP_DIR - len("/00") - 1)  # a node's own folder lies below the cluster's
+    files = haproxy_files(Path(longest))
+    for name in ("RAY_SERVE_HAPROXY_SOCKET_PATH", "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"):
+        directory, _, socket = files[name].rpartition("/")
+        assert len(f"{directory}/{'n' * 56}/{socket}") <= 97, name
