@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
 BOOTSTRAP_ROUNDS = 1000
+BOOTSTRAP_DRAWS_AT_ONCE = 4_000_000  # of users: bounds the index arrays to some tens of megabytes
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ Scores = ClassificationScores | RegressionScores
 def log_softmax(logits: Floats) -> Floats:
     """Log-probabilities [rows, classes]."""
     shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    log_probabilities: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return log_probabilities
 
 
 def row_nll(log_probabilities: Floats, labels: Ints) -> Floats:
     """Negative log-likelihood of every row [rows]."""
-    return -log_probabilities[np.arange(len(labels)), labels]
+    nll: Floats = -log_probabilities[np.arange(len(labels)), labels]
+    return nll
 
 
 def classification_scores(log_probabilities: Floats, labels: Ints) -> ClassificationScores:
@@ -73,10 +75,20 @@ def bootstrap_by_user(values: Floats, users: Ints, seed: int = 0) -> tuple[float
     _, index = np.unique(users, return_inverse=True)
     count = int(index.max()) + 1
     sums, rows = np.bincount(index, weights=values, minlength=count), np.bincount(index, minlength=count)
-    drawn = np.random.default_rng(seed).integers(0, count, (BOOTSTRAP_ROUNDS, count))
-    means = sums[drawn].sum(axis=1) / rows[drawn].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    generator = np.random.default_rng(seed)
+    means: list[Floats] = []
+    while (left := BOOTSTRAP_ROUNDS - sum(map(len, means))) > 0:
+        drawn = generator.integers(0, count, (min(left, max(1, BOOTSTRAP_DRAWS_AT_ONCE // count)), count))
+        means.append(sums[drawn].sum(axis=1) / rows[drawn].sum(axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
+
+
+def means_by_user(values: Floats, users: Ints) -> Floats:
+    """The mean of `values` [rows] of each user that occurs in `users` [rows], in ascending order of users."""
+    _, index = np.unique(users, return_inverse=True)
+    means: Floats = np.bincount(index, weights=values) / np.bincount(index)
+    return means
 
 
 def label_prior_log_probabilities(label_counts: Floats, users: Ints, population: Floats, strength: float = 2.0) -> Floats:
@@ -85,7 +97,8 @@ def label_prior_log_probabilities(label_counts: Floats, users: Ints, population:
     label_counts: [users, classes]; population: [classes] frequencies, added with the weight of `strength` labels.
     """
     smoothed = label_counts + strength * population
-    return np.log(np.maximum(smoothed / smoothed.sum(axis=1, keepdims=True), 1e-12))[users]
+    log_probabilities: Floats = np.log(np.maximum(smoothed / smoothed.sum(axis=1, keepdims=True), 1e-12))
+    return log_probabilities[users]
 
 
 def paired(better: Floats, worse: Floats, users: Ints, seed: int = 0) -> dict[str, float]:
@@ -98,5 +111,3 @@ def paired(better: Floats, worse: Floats, users: Ints, seed: int = 0) -> dict[st
 def as_json(scores: Scores) -> dict[str, float | int]:
     """Plain values, rounded to what the data can tell."""
     return {name: value if isinstance(value, int) else round(value, 5) for name, value in asdict(scores).items()}
-
-

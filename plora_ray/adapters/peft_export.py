@@ -1,0 +1,72 @@
+"""One user's model in the terms of Hugging Face PEFT: a LoRA whose B has a bias, and that bias is the user.
+
+    PLoRA   y = W x + b + s * B (A x + P p_u)
+    PEFT    y = W x + b + s * (B' A' x + b')        with lora_bias      =>      A' = A, B' = B, b' = B P p_u
+
+Exact, not an approximation, because the user's term doesn't depend on x. Knows names and tensors; writes no files and needs
+no PEFT.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from plora_ray.adapters.model import PersonalizedModel
+
+PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
+
+
+def peft_tensors(model: PersonalizedModel, user_vector: Tensor) -> dict[str, Tensor]:
+    """The adapter's weights, float32, under PEFT's names.
+
+    model: in the training form (not folded). user_vector: [d].
+    """
+    shared = {name: parameter.detach().float().cpu() for name, parameter in model.shared_parameters().items()}
+    tensors = {}
+    for layer in adapted_layers(model):
+        a, b, p = (shared[f"layers.{layer}.{part}"] for part in ("A", "B", "P"))
+        user = b.double() @ (p.double() @ user_vector.double().cpu())
+        tensors[f"{PREFIX}{layer}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = b.contiguous()
+        tensors[f"{PREFIX}{layer}.lora_B.bias"] = user.float()
+    return tensors
+
+
+def head_tensors(model: PersonalizedModel) -> dict[str, Tensor]:
+    """The task head's `weight` [outputs, hidden] and `bias` [outputs], float32; PEFT knows no such head."""
+    return {name: getattr(model.head, name).detach().float().cpu().contiguous() for name in ("weight", "bias")}
+
+
+def peft_config(model: PersonalizedModel) -> dict[str, Any]:
+    """adapter_config.json: exactly the layers that have adapters, by their full names."""
+    spec = model.spec
+    return {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": spec.model,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": 0.0,
+        "lora_bias": True,
+        "target_modules": adapted_layers(model),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def adapted_layers(model: PersonalizedModel) -> list[str]:
+    """Names of the layers with adapters, in model order, as modules of the PLM are called."""
+    ending = ".A"
+    return [name[len("layers.") : -len(ending)] for name in model.shared_parameters() if name.endswith(ending)]
+
+
+def can_merge(model: PersonalizedModel) -> bool:
+    """Whether PEFT can merge the adapter into the base weights: the user's bias needs a bias to be added to."""
+    return all(getattr(model.plm.get_submodule(layer), "bias", None) is not None for layer in adapted_layers(model))

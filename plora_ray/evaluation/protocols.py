@@ -1,0 +1,204 @@
+"""The three questions an evaluation asks of the current generation, each answered beside baselines on the same rows.
+
+    full    users the generation has trained: how much better are the answers with the user than without?
+    zero    users it has never met: how good is the population's answer, which is what they get?
+    few     the same users after 1, 2, 4, ... of their own examples: how fast does an adapter pay?
+
+Measures the generation itself: adapters fitted online since it was published are not looked at. Writes nothing to the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from plora_ray.config import Settings
+from plora_ray.errors import ConfigError, DataError
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, compare
+from plora_ray.evaluation.metrics import Floats, Ints
+from plora_ray.evaluation.progress import Stages
+from plora_ray.evaluation.report import Evaluation, ProtocolResult, write_report
+from plora_ray.evaluation.rows import EvaluationRows, encode_labels, read_rows
+from plora_ray.evaluation.scoring import TextScorer, predictions
+from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, LoadedGeneration, load_generation
+from plora_ray.store import AdapterStore
+
+PROTOCOLS = ("full", "few", "zero")
+BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION)
+SHOTS = (1, 2, 4, 8, 16)
+USERS_PER_FIT = 64  # fitted together: 64 x 16 Jacobians of a few kilobytes each
+
+
+def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out: Path) -> dict[str, Any]:
+    """Evaluate the store's current generation on `settings.data`; write report.json, report.html and plots into `out`.
+
+    Returns what report.json holds. protocol: full, few, zero or all. baselines: any of BASELINES; the population is always
+    reported, since gains are measured against it. A protocol without test rows is reported as skipped.
+    Raises ConfigError for unknown names, DataError if nothing could be evaluated, StoreError and ModelError on loading.
+    """
+    protocols = _chosen_protocols(protocol)
+    _check_baselines(baselines)
+    _check_folder(out)
+    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=False)
+    loaded = load_generation(store)
+    if settings.task != loaded.labels.task:
+        raise ConfigError(f"task is {settings.task}, but generation {loaded.name} was trained for {loaded.labels.task}: set task to that")
+    if settings.training.use_gpu is not False and torch.cuda.is_available():
+        loaded.model.to("cuda")
+    with Stages() as stages:
+        stages.begin("reading units of data", 0)
+        rows = read_rows(
+            settings.data, store, loaded.reader, loaded.labels,
+            seed=settings.training.seed, examples_kept=max(SHOTS), on_unit=stages.at,
+        )  # fmt: skip
+        engine = InferenceEngine(loaded, batch_tokens=_batch_tokens(settings, loaded), batch_rows=settings.serving.batch_rows)
+        try:
+            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines)
+            results = [run.protocol(name) for name in protocols]
+        finally:
+            engine.close()
+        if all(result.skipped for result in results):
+            raise DataError("nothing to evaluate: " + "; ".join(f"{result.name}: {result.skipped}" for result in results))
+        report = write_report(run.evaluation(results), out)
+        stages.say(report["verdict"])
+        stages.say(f"report: {out / 'report.html'}")
+    return report
+
+
+def _chosen_protocols(protocol: str) -> Sequence[str]:
+    if protocol == "all":
+        return PROTOCOLS
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"unknown protocol {protocol!r}: use one of {', '.join((*PROTOCOLS, 'all'))}")
+    return (protocol,)
+
+
+def _check_baselines(baselines: Sequence[str]) -> None:
+    for name in baselines:
+        if name not in BASELINES:
+            raise ConfigError(f"unknown baseline {name!r}: use any of {', '.join(BASELINES)}")
+
+
+def _check_folder(out: Path) -> None:
+    """Before hours of work rather than after."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} can't be made a directory: {error.strerror or error}") from error
+
+
+def _batch_tokens(settings: Settings, loaded: LoadedGeneration) -> int:
+    return max(settings.serving.batch_tokens, loaded.max_length)
+
+
+@dataclass
+class _Run:
+    """One evaluation: the generation, the rows and what scores them."""
+
+    settings: Settings
+    loaded: LoadedGeneration
+    rows: EvaluationRows
+    scorer: TextScorer
+    stages: Stages
+    baselines: Sequence[str]
+
+    def protocol(self, name: str) -> ProtocolResult:
+        """Run one protocol on the test rows it is about."""
+        known = self.rows.known[self.rows.row_users] if len(self.rows.keys) else np.zeros(0, bool)
+        chosen = np.flatnonzero(known if name == "full" else ~known)
+        if not len(chosen):
+            whose = "in the generation" if name == "full" else f"outside generation {self.loaded.name}"
+            reason = f"the data has no test rows of users {whose} (check data.source, data.filter and the splits)"
+            return ProtocolResult(name, skipped=reason)
+        if name == "full":
+            return ProtocolResult(name, (self._full(chosen),))
+        if name == "zero":
+            return ProtocolResult(name, (self._zero(chosen),))
+        points = tuple(point for shots in SHOTS if (point := self._few(chosen, shots)))
+        return ProtocolResult(name, points, None if points else "the users outside the generation who have test rows have no training rows")
+
+    def evaluation(self, results: Sequence[ProtocolResult]) -> Evaluation:
+        """The results with what they were measured on."""
+        rows, data = self.rows, self.settings.data
+        return Evaluation(
+            generation=self.loaded.name,
+            model=self.loaded.model.spec.model,
+            labels=self.loaded.labels,
+            data={
+                "source": data.source,
+                "filter": dict(data.filter),
+                "test_rows": len(rows.labels),
+                "different_test_texts": len(rows.texts),
+                "train_rows": rows.train_rows,
+                "users_in_generation": int(rows.known.sum()),
+                "users_unknown": int((~rows.known).sum()),
+                "users_erased_and_left_out": rows.erased_users,
+                "bad_rows_skipped": rows.bad_rows,
+                "seed": self.settings.training.seed,
+            },
+            results=tuple(results),
+        )
+
+    def _full(self, chosen: Ints) -> Comparison:
+        users, places = np.unique(self.rows.row_users[chosen], return_inverse=True)
+        keys = [self.rows.keys[user] for user in users]
+        adapters = self.loaded.reader.get_many(keys)
+        vectors = np.stack([adapters[key].record for key in keys])
+        personal = self.scorer.personal("rows with user", self.rows.row_texts[chosen], vectors[places])
+        return self._compare(WITH_USER, personal, chosen)
+
+    def _zero(self, chosen: Ints) -> Comparison:
+        return self._compare(POPULATION, None, chosen, examples=0)
+
+    def _few(self, chosen: Ints, shots: int) -> Comparison | None:
+        """Everybody among the rows' users who has at least `shots` examples; None if nobody has."""
+        examples = self.rows.examples
+        ready = [int(user) for user in np.unique(self.rows.row_users[chosen]) if len(examples.get(int(user), ())) >= shots]
+        if not ready:
+            return None
+        vectors = self._fit(ready, shots)
+        chosen = chosen[np.isin(self.rows.row_users[chosen], ready)]
+        places = np.searchsorted(ready, self.rows.row_users[chosen])
+        personal = self.scorer.personal(f"rows after {_examples(shots)}", self.rows.row_texts[chosen], vectors[places])
+        return self._compare(WITH_USER, personal, chosen, examples=shots)
+
+    def _fit(self, users: Sequence[int], shots: int) -> NDArray[np.float32]:
+        """Vectors [users, d] fitted on the first `shots` examples of each."""
+        fitter = FewShotFitter(self.loaded, batch_tokens=_batch_tokens(self.settings, self.loaded))
+        self.stages.begin(f"fitting users on {_examples(shots)}", len(users))
+        vectors = []
+        for start in range(0, len(users), USERS_PER_FIT):
+            group = [self.rows.examples[user][:shots] for user in users[start : start + USERS_PER_FIT]]
+            fits = fitter.fit_many([Examples([text for text, _ in seen], [label for _, label in seen]) for seen in group])
+            vectors += [fit.vector for fit in fits]
+            self.stages.advance(len(group))
+        return np.stack(vectors)
+
+    def _compare(self, subject: str, personal: NDArray[np.float32] | None, chosen: Ints, examples: int | None = None) -> Comparison:
+        rows, labels = self.rows, self.loaded.labels
+        predicted = {} if personal is None else {WITH_USER: predictions(personal, labels)}
+        predicted[POPULATION] = predictions(self.scorer.population(rows.row_texts[chosen]), labels)
+        predicted |= self._baselines(rows.row_users[chosen], examples)
+        return compare(subject, predicted, rows.labels[chosen], rows.row_users[chosen], labels.task, examples=examples)
+
+    def _baselines(self, row_users: Ints, examples: int | None) -> dict[str, Floats]:
+        """The baselines that read no text; without any training row in the data there is nothing to make them of."""
+        history = self.rows.history
+        if history.rows == 0:
+            return {}
+        if examples is not None:  # a new user's label prior knows exactly the examples that the fit has seen
+            seen = [(user, label) for user in np.unique(row_users) for _, label in self.rows.examples.get(int(user), [])[:examples]]
+            given = encode_labels([label for _, label in seen], self.loaded.labels)
+            history = history.restricted_to(np.array([user for user, _ in seen], np.int64), given)
+        found = {MAJORITY: history.majority, LABEL_PRIOR: history.label_prior}
+        return {name: predict(row_users) for name, predict in found.items() if name in self.baselines}
+
+
+def _examples(count: int) -> str:
+    return f"{count} example" if count == 1 else f"{count} examples"

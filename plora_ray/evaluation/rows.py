@@ -1,0 +1,184 @@
+"""The rows an evaluation uses, read in this process by the rules of training: validated, filtered, split by the same hash.
+
+Rows stream through; what stays are test rows (each different text once), label counts, and a few training examples of every
+user outside the generation. Users are numbers and keys from here on. Knows no model and no metric.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plora_ray.adapters.labels import LabelSpace
+from plora_ray.data.rows import BadRow, Row, RowRules, split_by_text
+from plora_ray.data.sources import ReadUnit, SourceSettings, list_units, read_unit
+from plora_ray.errors import DataError
+from plora_ray.evaluation.baselines import LabelHistory
+from plora_ray.store import AdapterStore, GenerationReader
+
+BAD_ROWS_SHOWN = 20
+
+OnUnit = Callable[[int, int], None]  # units read, units in all
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """Test rows and what may be known beside them. Row i is text `row_texts[i]` of user `row_users[i]`.
+
+    texts: different texts of test rows. labels: [rows] class indices, or values of a regression. keys, known: by user, his
+    key and whether the generation trained an adapter for him. history: the labels of all training rows. examples: by user
+    outside the generation, up to `examples_kept` training rows (text, label) in an order drawn by the seed.
+    """
+
+    texts: list[str]
+    row_texts: NDArray[np.int64]
+    row_users: NDArray[np.int64]
+    labels: NDArray[np.number]
+    keys: list[bytes]
+    known: NDArray[np.bool_]
+    history: LabelHistory
+    examples: dict[int, list[tuple[str, str | float]]]
+    train_rows: int
+    erased_users: int
+    bad_rows: int
+
+
+def read_rows(
+    settings: SourceSettings,
+    store: AdapterStore,
+    reader: GenerationReader,
+    labels: LabelSpace,
+    *,
+    seed: int,
+    examples_kept: int,
+    on_unit: OnUnit,
+) -> EvaluationRows:
+    """Read the whole source once. `seed` is training's: it decides which texts are test texts where no split column does.
+
+    Raises DataError for an unusable source, bad rows (unless they are skipped) and labels the generation doesn't know.
+    """
+    collector = _Collector(store, reader, seed, examples_kept)
+    bad: list[BadRow] = []
+    with_split: set[bool] = set()
+    units = list_units(settings)
+    for done, unit in enumerate(units, start=1):
+        for checked, has_split in _checked(unit, settings, labels):
+            if isinstance(checked, BadRow):
+                bad.append(checked)
+                if settings.on_bad_row == "stop" and len(bad) == BAD_ROWS_SHOWN:
+                    raise DataError(_describe(bad))
+                continue
+            with_split.add(has_split)
+            split = checked.split or split_by_text(checked.text, seed, settings.validation_fraction, settings.test_fraction)
+            collector.add(checked, split)
+        on_unit(done, len(units))
+    if bad and settings.on_bad_row == "stop":
+        raise DataError(_describe(bad))
+    if len(with_split) == 2:
+        raise DataError(f"some files of {settings.source} have a split column, others don't: give it in all or set columns.split: null")
+    return collector.finish(labels, bad_rows=len(bad))
+
+
+def _checked(unit: ReadUnit, settings: SourceSettings, labels: LabelSpace) -> Iterator[tuple[Row | BadRow, bool]]:
+    """Every row of a unit, and whether the unit says itself which split a row is in."""
+    rules = RowRules(labels.task, settings.max_text_chars)
+    for raw in read_unit(unit, settings):
+        for checked in rules.check(raw):
+            yield (checked if isinstance(checked, BadRow) else checked[1]), raw.splits is not None
+
+
+def _describe(bad: Sequence[BadRow]) -> str:
+    head = f"bad rows ({len(bad)} shown): correct them, or leave them out with data.on_bad_row: skip"
+    return "\n".join([head, *(str(row) for row in bad)])
+
+
+@dataclass(eq=False)
+class _Collector:
+    """Takes rows one by one and keeps of them what an evaluation needs."""
+
+    store: AdapterStore
+    reader: GenerationReader
+    seed: int
+    examples_kept: int
+    rows: int = 0
+    train_rows: int = 0
+    _users: dict[str, int | None] = field(default_factory=dict)  # None: erased, so nothing of his is looked at
+    _keys: list[bytes] = field(default_factory=list)
+    _known: list[bool] = field(default_factory=list)
+    _texts: dict[str, int] = field(default_factory=dict)
+    _tests: list[tuple[int, int, str | float]] = field(default_factory=list)
+    _history: Counter[tuple[int, str | float]] = field(default_factory=Counter)
+    _examples: dict[int, list[tuple[int, int, str, str | float]]] = field(default_factory=dict)
+
+    def add(self, row: Row, split: str) -> None:
+        self.rows += 1
+        user = self._user(row.user_id)
+        if user is None:
+            return
+        if split == "test":
+            self._tests.append((self._texts.setdefault(row.text, len(self._texts)), user, row.label))
+        elif split == "train":
+            self.train_rows += 1
+            self._history[user, row.label] += 1
+            if not self._known[user]:
+                self._offer_example(user, row)
+
+    def finish(self, labels: LabelSpace, *, bad_rows: int) -> EvaluationRows:
+        return EvaluationRows(
+            texts=list(self._texts),
+            row_texts=np.array([text for text, _, _ in self._tests], np.int64),
+            row_users=np.array([user for _, user, _ in self._tests], np.int64),
+            labels=encode_labels([label for _, _, label in self._tests], labels),
+            keys=self._keys,
+            known=np.array(self._known, bool),
+            history=self._label_history(labels),
+            examples={user: [(text, label) for *_, text, label in sorted(kept, reverse=True)] for user, kept in self._examples.items()},
+            train_rows=self.train_rows,
+            erased_users=sum(user is None for user in self._users.values()),
+            bad_rows=bad_rows,
+        )
+
+    def _user(self, user_id: str) -> int | None:
+        if user_id not in self._users:
+            key = self.store.key(user_id)
+            if self.reader.erased_version(key) is not None:
+                self._users[user_id] = None
+            else:
+                self._users[user_id] = len(self._keys)
+                self._keys.append(key)
+                self._known.append(self.reader.lookup(key) is not None)
+        return self._users[user_id]
+
+    def _offer_example(self, user: int, row: Row) -> None:
+        """Keep the rows whose hash is smallest: a draw that doesn't depend on the order of the source, which may be by label."""
+        digest = hashlib.blake2b(row.text.encode("utf-8"), key=self.seed.to_bytes(8, "big"), digest_size=8).digest()
+        kept = self._examples.setdefault(user, [])
+        entry = (-int.from_bytes(digest, "big"), -self.rows, row.text, row.label)
+        if len(kept) < self.examples_kept:
+            heapq.heappush(kept, entry)
+        else:
+            heapq.heappushpop(kept, entry)
+
+    def _label_history(self, labels: LabelSpace) -> LabelHistory:
+        pairs = list(self._history)
+        return LabelHistory.of(
+            np.array([user for user, _ in pairs], np.int64),
+            encode_labels([label for _, label in pairs], labels),
+            np.array(list(self._history.values()), np.int64),
+            users=len(self._keys),
+            outputs=labels.outputs,
+            task=labels.task,
+        )
+
+
+def encode_labels(given: Sequence[str | float], labels: LabelSpace) -> NDArray[np.number]:
+    """Class indices int64, or a regression's values float64 in their own units. Raises DataError for an unknown class."""
+    if labels.task == "regression":
+        return np.array(given, np.float64)
+    return labels.encode(given).numpy()

@@ -1,0 +1,116 @@
+"""What the numbers of an evaluation say, in plain words: one paragraph, honest when there is no gain. Knows comparisons only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval
+
+FEWEST_USERS = 10  # below it a bootstrap over users says little
+
+
+def verdict(full: Comparison | None, few: Sequence[Comparison], zero: Comparison | None) -> str:
+    """Sentences on whatever was evaluated."""
+    parts = [_full(full) if full else "", _few(few) if few else "", _zero(zero) if zero else ""]
+    return " ".join(part for part in parts if part)
+
+
+def _full(comparison: Comparison) -> str:
+    metric = _metric(comparison)
+    gain = comparison.gains[POPULATION][metric]
+    subject, population = (comparison.predictors[name].intervals[metric].mean for name in (WITH_USER, POPULATION))
+    text = (
+        f"On {comparison.rows:,} test rows of {_users(comparison)} in the generation, {_name(metric)} is "
+        f"{_value(metric, subject)} with the user and {_value(metric, population)} without: {_judged(metric, gain, comparison.users)}."
+    )
+    if metric == "accuracy":
+        text += f" The probabilities: {_judged('nll', comparison.gains[POPULATION]['nll'], comparison.users)} in negative log-likelihood."
+    return text + _against_labels(comparison)
+
+
+def _against_labels(comparison: Comparison) -> str:
+    """Whether adapters are more than a habit of giving the same label."""
+    if LABEL_PRIOR not in comparison.gains:
+        return ""
+    metric = _metric(comparison)
+    gain = comparison.gains[LABEL_PRIOR][metric]
+    reached = _value(metric, comparison.predictors[LABEL_PRIOR].intervals[metric].mean)
+    if gain.low > 0:
+        added = _difference(metric, gain)
+        return f" The user's own past labels alone, without reading the text, reach {reached}; the adapters add {added} to that."
+    return (
+        f" But the user's own past labels alone, without reading the text, reach {reached}: "
+        f"the adapters have not been shown to be better than that, with a difference of {_difference(metric, gain)}."
+    )
+
+
+def _few(points: Sequence[Comparison]) -> str:
+    last = next((point for point in reversed(points) if point.users >= FEWEST_USERS), points[-1])
+    metric = _metric(last)
+    gain = last.gains[POPULATION][metric]
+    text = (
+        f"For users the generation has never met, {last.examples} of their own examples each bring {_name(metric)} to "
+        f"{_value(metric, last.predictors[WITH_USER].intervals[metric].mean)} ({_users(last)}): {_judged(metric, gain, last.users)}."
+    )
+    first = _clear_from(points, metric)
+    if first is not None and first != last.examples:
+        text += f" The gain is clear from {first} example{'s' if first != 1 else ''} on."
+    if any(point.users != last.users for point in points):
+        text += " Users with fewer examples are left out of the later points, so compare each point with its own population figure."
+    return text
+
+
+def _clear_from(points: Sequence[Comparison], metric: str) -> int | None:
+    """The fewest examples from which on every point with enough users shows a gain."""
+    first = None
+    for point in reversed([point for point in points if point.users >= FEWEST_USERS]):
+        if point.gains[POPULATION][metric].low <= 0:
+            break
+        first = point.examples
+    return first
+
+
+def _zero(comparison: Comparison) -> str:
+    metric = _metric(comparison)
+    text = (
+        f"New users without examples get the population's answer: {_name(metric)} "
+        f"{_value(metric, comparison.predictors[POPULATION].intervals[metric].mean)} on {comparison.rows:,} rows of {_users(comparison)}"
+    )
+    if MAJORITY not in comparison.gains:
+        return text + "."
+    gain, always = comparison.gains[MAJORITY][metric], "the mean label" if metric == "mse" else "the most frequent label"
+    return text + f"; against always answering {always}: {_judged(metric, gain, comparison.users)}."
+
+
+def _metric(comparison: Comparison) -> str:
+    """What people think in: accuracy of a classification, squared error of a regression."""
+    return next(iter(comparison.predictors[POPULATION].intervals))
+
+
+def _judged(metric: str, gain: Interval, users: int) -> str:
+    if users < FEWEST_USERS:
+        few = "1 user is" if users == 1 else f"{users} users are"
+        return f"a difference of {_difference(metric, gain)}, but {few} too few to conclude anything"
+    if gain.low > 0:
+        return f"a gain of {_difference(metric, gain)}"
+    if gain.high < 0:
+        return f"a LOSS of {_difference(metric, Interval(-gain.mean, -gain.high, -gain.low))}"
+    return f"no gain could be shown, with a difference of {_difference(metric, gain)}"
+
+
+def _difference(metric: str, gain: Interval) -> str:
+    if metric == "accuracy":
+        return f"{100 * gain.mean:.1f} points (95 % interval {100 * gain.low:.1f} to {100 * gain.high:.1f})"
+    return f"{gain.mean:.3g} (95 % interval {gain.low:.3g} to {gain.high:.3g})"
+
+
+def _value(metric: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.4g}"
+
+
+def _name(metric: str) -> str:
+    return {"accuracy": "accuracy", "mse": "the mean squared error", "nll": "the negative log-likelihood"}[metric]
+
+
+def _users(comparison: Comparison) -> str:
+    return f"{comparison.users:,} user{'' if comparison.users == 1 else 's'}"
