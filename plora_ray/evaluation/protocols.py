@@ -121,7 +121,11 @@ class _Run:
         if name == "zero":
             return ProtocolResult(name, (self._zero(chosen),))
         points = tuple(point for shots in SHOTS if (point := self._few(chosen, shots)))
-        return ProtocolResult(name, points, None if points else "the users outside the generation who have test rows have no training rows")
+        if not points:
+            return ProtocolResult(name, skipped="the users outside the generation who have test rows have no training rows")
+        missing = ", ".join(str(shots) for shots in SHOTS if shots > (points[-1].examples or 0))
+        note = f"No user outside the generation has training rows for {missing} examples"
+        return ProtocolResult(name, points, note=note if missing else None)
 
     def evaluation(self, results: Sequence[ProtocolResult]) -> Evaluation:
         """The results with what they were measured on."""

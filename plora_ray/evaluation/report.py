@@ -53,17 +53,19 @@ small,.interval{color:#777;font-weight:400}.better{color:#17803d}.worse{color:#b
 
 @dataclass(frozen=True)
 class ProtocolResult:
-    """One protocol: a comparison, or for few-shot one for each number of examples; or why there is none."""
+    """One protocol: a comparison, or for few-shot one for each number of examples; or why there is none. note: what is missing."""
 
     name: str
     comparisons: tuple[Comparison, ...] = ()
     skipped: str | None = None
+    note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         if self.skipped:
             return {"status": "skipped", "reason": self.skipped}
         found = [comparison.to_json() for comparison in self.comparisons]
-        return {"status": "evaluated", **({"points": found} if self.name == "few" else found[0])}
+        note = {"note": self.note} if self.note else {}
+        return {"status": "evaluated", **note, **({"points": found} if self.name == "few" else found[0])}
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def _section(result: ProtocolResult, pictures: dict[str, str]) -> str:
     if result.skipped:
         return f"{head}\n<p>Skipped: {escape(result.skipped)}.</p>"
     picture = pictures.get({"full": GAIN_PLOT, "few": FEW_PLOT}.get(result.name, ""), "")
-    return "\n".join([head, picture, *(_table(comparison) for comparison in result.comparisons)])
+    note = f"<p>{escape(result.note)}.</p>" if result.note else ""
+    return "\n".join([head, picture, note, *(_table(comparison) for comparison in result.comparisons)])
 
 
 def _table(comparison: Comparison) -> str:

@@ -38,6 +38,9 @@ def _against_labels(comparison: Comparison) -> str:
     if gain.low > 0:
         added = _difference(metric, gain)
         return f" The user's own past labels alone, without reading the text, reach {reached}; the adapters add {added} to that."
+    if gain.high < 0:
+        worse = _difference(metric, _reversed(gain))
+        return f" But the user's own past labels alone, without the text, reach {reached}: the adapters are worse than that by {worse}."
     return (
         f" But the user's own past labels alone, without reading the text, reach {reached}: "
         f"the adapters have not been shown to be better than that, with a difference of {_difference(metric, gain)}."
@@ -94,8 +97,12 @@ def _judged(metric: str, gain: Interval, users: int) -> str:
     if gain.low > 0:
         return f"a gain of {_difference(metric, gain)}"
     if gain.high < 0:
-        return f"a LOSS of {_difference(metric, Interval(-gain.mean, -gain.high, -gain.low))}"
+        return f"a LOSS of {_difference(metric, _reversed(gain))}"
     return f"no gain could be shown, with a difference of {_difference(metric, gain)}"
+
+
+def _reversed(gain: Interval) -> Interval:
+    return Interval(-gain.mean, -gain.high, -gain.low)
 
 
 def _difference(metric: str, gain: Interval) -> str:

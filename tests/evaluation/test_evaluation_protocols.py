@@ -65,6 +65,7 @@ def test_zero_shot_gives_users_outside_the_generation_the_populations_answer(wor
 def test_a_few_examples_of_informative_users_beat_the_population_and_more_help_more(world: World, report: dict[str, Any]) -> None:
     points = report["protocols"]["few"]["points"]
     assert [point["examples"] for point in points] == [count for count in protocols.SHOTS if count <= world.train_rows]
+    assert report["protocols"]["few"]["note"] == "No user outside the generation has training rows for 16 examples"
     assert all(point["users"] == world.users_per_cohort for point in points)
     assert points[-1]["gain_over"]["population"]["nll"]["low"] > 0
     assert points[-1]["gain_over"]["population"]["accuracy"]["low"] > 0
