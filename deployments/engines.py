@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -22,25 +22,25 @@ log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Serving(Protocol):
-    """What is built around a loaded generation."""
-
-    def close(self) -> None: ...
-
-
-Built = TypeVar("Built", bound=Serving)
+Built = TypeVar("Built")
 
 
 class CurrentGeneration(Generic[Built]):
     """Holds what `build` makes of the generation that the store says is current, and follows it.
 
-    on_erased: called with the keys of users whose erasure was just learned of.
+    retire: called with what another generation replaced, or at the end. on_erased: called with the keys of users whose
+    erasure was just learned of.
     """
 
     def __init__(
-        self, settings: Settings, build: Callable[[LoadedGeneration], Built], on_erased: Callable[[Built, set[bytes]], None]
+        self,
+        settings: Settings,
+        build: Callable[[LoadedGeneration], Built],
+        *,
+        retire: Callable[[Built], None] = lambda built: None,
+        on_erased: Callable[[Built, set[bytes]], None] = lambda built, keys: None,
     ) -> None:
-        self._settings, self._build, self._on_erased = settings, build, on_erased
+        self._settings, self._build, self._retire, self._on_erased = settings, build, retire, on_erased
         self._store: AdapterStore | None = None
         self._serving: tuple[LoadedGeneration, Built] | None = None
         self._erased: set[bytes] = set()
@@ -84,10 +84,10 @@ class CurrentGeneration(Generic[Built]):
                     log.warning("still on %s: %s", self._serving[0].name if self._serving else "no generation", error)
 
     def close(self) -> None:
-        """Stop following and close what serves."""
+        """Stop following and retire what serves."""
         self._stop.set()
         if self._serving is not None:
-            self._serving[1].close()
+            self._retire(self._serving[1])
 
     def _watch(self) -> None:
         while not self._stop.wait(self._settings.serving.refresh_s):
@@ -101,7 +101,7 @@ class CurrentGeneration(Generic[Built]):
         old, self._serving = self._serving, (loaded, built)
         log.info("generation %s serves", current)
         if old is not None:
-            old[1].close()
+            self._retire(old[1])
 
     def _learn_erasures(self) -> None:
         if self._serving is None:

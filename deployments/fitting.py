@@ -38,7 +38,7 @@ class FittingService:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._current: CurrentGeneration[FewShotFitter] = CurrentGeneration(settings, self._build, lambda fitter, erased: None)
+        self._current: CurrentGeneration[FewShotFitter] = CurrentGeneration(settings, self._build)
 
     def fit(self, requests: Sequence[FitRequest]) -> list[FitResult]:
         """Fit all users together and store each adapter. One user's failure is that user's alone. Blocks."""

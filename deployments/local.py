@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-
+from pathlib import Path
 
 from plora_ray.config import Settings
 from plora_ray.errors import ConfigError, PloraError
@@ -14,6 +14,7 @@ from plora_ray.runtime import private_cluster_environment, ray_temp_dir
 
 READY_POLL_S = 0.2
 READY_WITHIN_S = 180.0
+HAPROXY_DIRECTORY_LENGTH = 38  # below a longer one its socket paths would be refused; then it keeps its own place
 
 
 class NotReady(PloraError):
@@ -29,14 +30,23 @@ def serve_until_interrupted(settings: Settings, port: int) -> None:
     stop = threading.Event()
     # Ray and Serve read these when they are imported, so both are imported after it.
     if settings.serving.proxy == "haproxy":
-        from cluster.serve_environment import haproxy_environment
+        from cluster.serve_environment import haproxy_environment, haproxy_files
 
         os.environ.update(haproxy_environment())
+        if (directory := ray_temp_dir()) is not None and len(directory) <= HAPROXY_DIRECTORY_LENGTH:
+            os.environ.update(haproxy_files(Path(directory)))
     os.environ.update(private_cluster_environment())
     import ray
     from ray import serve
 
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="WARNING", _temp_dir=ray_temp_dir(), num_cpus=_cpus(settings))
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="WARNING",
+        _temp_dir=ray_temp_dir(),
+        num_cpus=_cpus(settings),
+    )
     for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs handlers of its own
         signal.signal(number, lambda *_: stop.set())
     try:

@@ -52,7 +52,10 @@ class InferRequest(BaseModel):
 
 
 def open_inference_routes(
-    settings: ServingSettings, service: Callable[[], PredictionService], caller: Callable[..., Principal], adapter_version: Callable[..., str]
+    settings: ServingSettings,
+    service: Callable[[], PredictionService],
+    caller: Callable[..., Principal],
+    adapter_version: Callable[..., str],
 ) -> APIRouter:
     """Routes under /v2."""
     router = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -85,7 +88,11 @@ def open_inference_routes(
             "versions": [service().loaded.name] if service().ready else [],
             "platform": "plora",
             "inputs": [{"name": "text", **tensor}, {"name": "user_id", **tensor}],
-            "outputs": [{"name": "label", **tensor}, {"name": "scores", "datatype": "FP64", "shape": [-1, -1]}, {"name": "personalization", **tensor}],
+            "outputs": [
+                {"name": "label", **tensor},
+                {"name": "scores", "datatype": "FP64", "shape": [-1, -1]},
+                {"name": "personalization", **tensor},
+            ],
         }
 
     @router.get("/models/{name}/ready")
@@ -135,6 +142,15 @@ def _response(name: str, request_id: str | None, answers: list[Answer]) -> dict[
     ]
     if classes:
         scores = [score for answer in answers for score in answer.prediction.scores.values()]
-        outputs.insert(1, {"name": "scores", "datatype": "FP64", "shape": [count, len(classes)], "data": scores, "parameters": {"classes": ",".join(classes)}})
+        outputs.insert(
+            1,
+            {
+                "name": "scores",
+                "datatype": "FP64",
+                "shape": [count, len(classes)],
+                "data": scores,
+                "parameters": {"classes": ",".join(classes)},
+            },
+        )
     response = {"model_name": name, "model_version": answers[0].generation, "outputs": outputs}
     return response if request_id is None else {**response, "id": request_id}

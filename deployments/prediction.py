@@ -40,7 +40,7 @@ class PredictionService:
         self.settings = settings
         self._fit = fit
         self._current: CurrentGeneration[InferenceEngine] = CurrentGeneration(
-            settings, self._build, lambda engine, erased: engine.cache.evict(erased)
+            settings, self._build, retire=lambda engine: engine.close(), on_erased=lambda engine, erased: engine.cache.evict(erased)
         )
 
     @property

@@ -91,7 +91,9 @@ def install(api: FastAPI) -> None:
     async def on_error(_: Request, error: Exception) -> JSONResponse:
         problem = to_problem(error)
         if problem.status >= 500:
-            log.error("request failed: %s: %s", type(error).__name__, error if isinstance(error, PloraError) else "see traceback", exc_info=error)
+            log.error(
+                "request failed: %s: %s", type(error).__name__, error if isinstance(error, PloraError) else "see traceback", exc_info=error
+            )
         return problem_response(problem)
 
     api.add_exception_handler(RequestValidationError, on_validation)

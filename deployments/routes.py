@@ -88,11 +88,15 @@ def _prediction_routes(settings: ServingSettings, service: ServiceProvider, call
         answers = await service().predict([(item.user_id, item.text) for item in body.inputs], at_least)
         predictions = [
             Prediction(
-                user_id=item.user_id, label=answer.prediction.label, scores=answer.prediction.scores, personalization=answer.personalization,
-                generation=answer.generation, reason=answer.reason,
+                user_id=item.user_id,
+                label=answer.prediction.label,
+                scores=answer.prediction.scores,
+                personalization=answer.personalization,
+                generation=answer.generation,
+                reason=answer.reason,
             )
             for item, answer in zip(body.inputs, answers, strict=True)
-        ]  # fmt: skip
+        ]
         return PredictResponse(predictions=predictions)
 
     @router.put("/users/{user_id:path}/examples")
@@ -113,7 +117,11 @@ def _prediction_routes(settings: ServingSettings, service: ServiceProvider, call
         if adapter is None:
             raise Problem(404, "this user has no adapter: the population answers; PUT examples to personalise")
         return UserResponse(
-            user_id=user_id, personalization="adapter", generation=adapter.generation, examples=adapter.examples, updated_at=adapter.updated_at
+            user_id=user_id,
+            personalization="adapter",
+            generation=adapter.generation,
+            examples=adapter.examples,
+            updated_at=adapter.updated_at,
         )
 
     @router.delete("/users/{user_id:path}", status_code=204)

@@ -69,9 +69,7 @@ def train_all_app() -> None:
 
 @app.command()
 @reports_errors
-def serve(
-    config: ConfigOption, port: Annotated[int, typer.Option(help="HTTP port.")] = 8000, overrides: SetOption = None
-) -> None:
+def serve(config: ConfigOption, port: Annotated[int, typer.Option(help="HTTP port.")] = 8000, overrides: SetOption = None) -> None:
     """Serve the current generation over HTTP on a local cluster with the production settings, until interrupted."""
     settings = _settings(config, overrides)
     import importlib
@@ -94,6 +92,7 @@ def evaluate(
     from plora_ray.evaluation.protocols import evaluate_store
 
     evaluate_store(settings, protocol, [name.strip() for name in baselines.split(",") if name.strip()], out)
+    typer.echo(str(out / "report.json"))
 
 
 def _store(settings: Settings) -> Any:

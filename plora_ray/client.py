@@ -105,7 +105,9 @@ class Client:
     token: bearer token, where the server asks for one. transport: for tests and special networks, as httpx takes it.
     """
 
-    def __init__(self, url: str, *, token: str | None = None, timeout_s: float = TIMEOUT_S, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self, url: str, *, token: str | None = None, timeout_s: float = TIMEOUT_S, transport: httpx.BaseTransport | None = None
+    ) -> None:
         self._requests = _Requests(token)
         self._http = httpx.Client(base_url=url, timeout=timeout_s, transport=transport)
 

@@ -19,7 +19,6 @@ from plora_ray.data.sources import SourceSettings
 from plora_ray.errors import ConfigError
 
 
-
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,6 +67,7 @@ class TrainingSettings(_Section):
     epochs: int = Field(3, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     user_learning_rate: float = Field(1e-2, gt=0)
+    user_weight_decay: float = Field(0.0, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     gradient_clipping: float = Field(1.0, gt=0)
@@ -174,9 +174,7 @@ class Settings(_Section):
 
     def adapter_spec(self, outputs: int) -> AdapterSpec:
         """The personalised model's shapes for `outputs` classes (1 for a regression)."""
-        return AdapterSpec(
-            model=self.model.name, task=self.task, outputs=outputs, pooling=self.model.pooling, **self.adapter.model_dump()
-        )
+        return AdapterSpec(model=self.model.name, task=self.task, outputs=outputs, pooling=self.model.pooling, **self.adapter.model_dump())
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:

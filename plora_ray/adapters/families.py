@@ -46,7 +46,8 @@ def family_of(model_type: str, *, targets: tuple[str, ...] | None, pooling: Pool
     known = FAMILIES.get(model_type)
     if known is None and (targets is None or pooling is None):
         raise ModelError(
-            f"model family '{model_type}' has no defaults: set adapter.targets and model.pooling, or use one of {', '.join(sorted(FAMILIES))}"
+            f"model family '{model_type}' has no defaults: set adapter.targets and model.pooling, "
+            f"or use one of {', '.join(sorted(FAMILIES))}"
         )
     base = known or Family((), "mean")
     return Family(targets or base.targets, pooling or base.pooling, base.encoder_of_seq2seq)

@@ -56,9 +56,7 @@ class UserPrior:
         return cls(tensors["prior.mean"], tensors["prior.precision"], float(tensors["prior.noise_variance"]))
 
 
-def prior_from_moments(
-    users: int, total: Tensor, outer: Tensor, *, shrinkage_users: float = 64.0, floor: float = 1e-3
-) -> UserPrior:
+def prior_from_moments(users: int, total: Tensor, outer: Tensor, *, shrinkage_users: float = 64.0, floor: float = 1e-3) -> UserPrior:
     """Prior from trained user vectors, given their number, sum [d] and sum of outer products [d, d], float64.
 
     The covariance is shrunk to a multiple of the identity, whose weight is shrinkage_users / (users + shrinkage_users);
@@ -105,18 +103,18 @@ def linearise(forward: Forward, input_ids: Tensor, attention_mask: Tensor, point
         logits = forward(input_ids, attention_mask, vectors)
         free = _free(logits, task)
         columns = [
-            torch.autograd.grad(free[:, column].sum(), vectors, retain_graph=column + 1 < free.shape[1])[0] for column in range(free.shape[1])
+            torch.autograd.grad(free[:, column].sum(), vectors, retain_graph=column + 1 < free.shape[1])[0]
+            for column in range(free.shape[1])
         ]
     return logits.detach(), torch.stack(columns, dim=1).detach()
 
 
 @dataclass(frozen=True)
 class FittedUsers:
-    """vectors: [users, d] float32 posterior modes. converged: [users] bool. steps: Newton steps taken."""
+    """vectors: [users, d] float32 posterior modes. converged: [users] bool."""
 
     vectors: Tensor
     converged: Tensor
-    steps: int
 
 
 def solve_users(
@@ -132,8 +130,7 @@ def solve_users(
     p = prior.mean.expand(count, -1).clone()
     objective = problem.objective(p)
     converged = torch.zeros(count, dtype=torch.bool)
-    steps = 0
-    for steps in range(1, NEWTON_STEPS + 1):
+    for _ in range(NEWTON_STEPS):
         gradient, hessian = problem.derivatives(p)
         direction = -torch.cholesky_solve(gradient.unsqueeze(-1), torch.linalg.cholesky(hessian)).squeeze(-1)
         decrement = -(gradient * direction).sum(-1)
@@ -142,7 +139,7 @@ def solve_users(
             break
         direction[converged] = 0.0
         p, objective = problem.line_search(p, objective, direction, decrement)
-    return FittedUsers(p.float(), converged, steps)
+    return FittedUsers(p.float(), converged)
 
 
 class _Problem:

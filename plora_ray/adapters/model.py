@@ -74,7 +74,7 @@ class PersonalizedModel(nn.Module):
         self.context = UserContext()
         self.plm = plm.requires_grad_(False)
         names = find_targets(plm, self.family.targets)
-        self._layers = inject(
+        self._layers: dict[str, PLoRALinear] = inject(
             plm, names, rank=spec.rank, alpha=spec.alpha, user_dim=spec.user_dim, dropout=spec.dropout, context=self.context
         )
         self.head = nn.Linear(hidden_size(plm), spec.outputs)
@@ -85,6 +85,14 @@ class PersonalizedModel(nn.Module):
     def from_pretrained(cls, spec: AdapterSpec, *, dtype: torch.dtype = torch.float32) -> PersonalizedModel:
         """Load the PLM that `spec.model` names and put fresh adapters in. Raises ModelError."""
         return cls(load_plm(spec.model, dtype=dtype), spec)
+
+    def train(self, mode: bool = True) -> PersonalizedModel:
+        """Training mode reaches the adapters' and the head's dropout; the frozen PLM always runs as it does when serving."""
+        super().train(mode)
+        self.plm.eval()
+        for layer in self._layers.values():
+            layer.dropout.train(mode)
+        return self
 
     def represent(self, input_ids: Tensor, attention_mask: Tensor, user_vectors: Tensor | None = None) -> Tensor:
         """Pooled text representations [batch, hidden]. user_vectors: [batch, d], or None for the population."""
@@ -126,6 +134,6 @@ class PersonalizedModel(nn.Module):
         """Turn into the serving form, in place: W' = W + s B A, user terms as one product a layer. Returns self."""
         if not self.folded:
             fold(self.plm, self._layers)
-            self._layers: dict[str, PLoRALinear] = {}
+            self._layers = {}
             self.folded = True
         return self.requires_grad_(False).eval()

@@ -1,10 +1,11 @@
 """Users who disagree: a made-up population with latent tastes whose best reachable accuracy is known.
 
-A text names a few aspects of a film, each in one of two directions ("a happy ending", "a bitter ending"). A user's taste
-weighs every aspect; it comes from a few latent factors shared by the population plus a small personal part, so what is
-learned from some users helps with others. With attributes a in {-1, 0, 1}^A of the text and the user's taste t_u in R^A,
+A text praises or damns a film ("a superb remake") and names aspects of it, each in one of two directions ("a happy
+ending", "a bitter ending"). A user's taste weighs every aspect; it comes from a few latent factors shared by the
+population plus a small personal part, so what is learned from some users helps with others. Some users like most films,
+some few: generosity g_u. With attributes a in {-1, 0, 1}^A and verdict v in {-2, -1, 1, 2} of the text,
 
-    P(like) = sigmoid(sharpness * t_u . a)
+    P(like) = sigmoid(sharpness * (t_u . a + VERDICT_WEIGHT * v + g_u))
 
 Everything follows from the parameters: any user and any text can be generated alone and in any order. The file knows
 nothing about files, partitions or models.
@@ -41,12 +42,19 @@ ASPECTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("a three-hour running time", "an epic length", "many long chapters", "a very long story"),
      ("a short running time", "barely an hour of film", "a brief and compact story", "very few scenes")),
 )  # fmt: skip
-SUBJECTS = ("A Norwegian film", "This debut", "A new release", "An old classic", "The sequel", "A festival winner", "A studio film",
-            "This adaptation", "A television film", "The remake", "A cult favourite", "This small production")  # fmt: skip
-ASPECTS_PER_TEXT = 3
-LATENT_FACTORS = 3
-PERSONAL_SCALE = 0.25  # of the taste's standard deviation: what no other user tells anything about
-SHARED_TASTE_SCALE = 0.3  # how much of a taste everybody shares: it lifts the user-blind ceiling above one half
+SUBJECTS = ("film", "debut", "thriller", "classic", "sequel", "festival winner", "studio film", "adaptation", "remake", "drama")
+VERDICTS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (2, ("superb", "brilliant", "wonderful")),
+    (1, ("solid", "decent", "good")),
+    (-1, ("mediocre", "flat", "weak")),
+    (-2, ("awful", "terrible", "dreadful")),
+)
+ASPECTS_PER_TEXT = 2
+LATENT_FACTORS = 2
+TASTE_SCALE = 0.5  # standard deviation of a user's weight of an aspect
+PERSONAL_SHARE = 0.1  # of the taste's variance: what no other user tells anything about
+GENEROSITY_SCALE = 0.7  # standard deviation of g_u
+VERDICT_WEIGHT = 0.3  # what everybody agrees on: it lifts the user-blind ceiling above one half
 MAX_POPULATION_FOR_CEILINGS = 20_000  # users are drawn alike, so this many tell the ceilings to three digits
 
 # Streams of the random generator: the same (seed, index) must not give a text and a user the same numbers.
@@ -66,7 +74,7 @@ class SyntheticParams(BaseModel):
     texts: int = Field(16, ge=3)
     seed: int = Field(0, ge=0, lt=2**32)
     pool: int = Field(500, ge=10)
-    sharpness: float = Field(2.7, gt=0)
+    sharpness: float = Field(3.0, gt=0)
 
     @classmethod
     def from_url(cls, url: str) -> SyntheticParams:
@@ -107,7 +115,10 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class _Pool:
-    """The texts of a population: attributes [pool, aspects] in {-1, 0, 1}; text indices of each split."""
+    """The texts of a population; text indices of each split.
+
+    attributes: [pool, aspects + 2]: the aspects in {-1, 0, 1}, the verdict, and a constant one (for the generosity).
+    """
 
     texts: tuple[str, ...]
     index_of: dict[str, int]
@@ -175,15 +186,19 @@ def _rows_by_split(texts: int) -> dict[SplitName, int]:
 def _pool(params: SyntheticParams) -> _Pool:
     """The texts everybody rates: different from one another, each wholly in one split."""
     texts: dict[str, int] = {}
-    attributes = np.zeros((params.pool, len(ASPECTS)))
+    attributes = np.ones((params.pool, len(ASPECTS) + 2))
+    attributes[:, :-1] = 0
     rng = np.random.default_rng((params.seed, _TEXTS))
     while len(texts) < params.pool:
         aspects = rng.permutation(len(ASPECTS))[:ASPECTS_PER_TEXT]
         towards = rng.integers(2, size=ASPECTS_PER_TEXT)
         phrases = [ASPECTS[aspect][1 - way][rng.integers(4)] for aspect, way in zip(aspects, towards, strict=True)]
-        text = f"{SUBJECTS[rng.integers(len(SUBJECTS))]} with {phrases[0]}, {phrases[1]} and {phrases[2]}."
+        verdict, words = VERDICTS[rng.integers(len(VERDICTS))]
+        word, subject = words[rng.integers(len(words))], SUBJECTS[rng.integers(len(SUBJECTS))]
+        text = f"{'An' if word[0] in 'aeiou' else 'A'} {word} {subject} with {' and '.join(phrases)}."
         if text not in texts:
             attributes[len(texts), aspects] = 2 * towards - 1
+            attributes[len(texts), len(ASPECTS)] = verdict
             texts[text] = len(texts)
     place = np.arange(params.pool) % 10
     by_split: dict[SplitName, NDArray[np.int64]] = {
@@ -195,21 +210,19 @@ def _pool(params: SyntheticParams) -> _Pool:
 
 
 @lru_cache(maxsize=4)
-def _population(seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What tastes are made of: loadings [factors, aspects] with columns of length one, and the shared taste [aspects]."""
-    rng = np.random.default_rng((seed, _TASTES))
-    loadings = rng.normal(size=(LATENT_FACTORS, len(ASPECTS)))
+def _loadings(seed: int) -> NDArray[np.float64]:
+    """How the latent factors make up the aspects' weights: [factors, aspects], columns of length one."""
+    loadings: NDArray[np.float64] = np.random.default_rng((seed, _TASTES)).normal(size=(LATENT_FACTORS, len(ASPECTS)))
     loadings /= np.linalg.norm(loadings, axis=0, keepdims=True)
-    return loadings, SHARED_TASTE_SCALE * rng.choice([-1.0, 1.0], size=len(ASPECTS))
+    return loadings
 
 
 def _taste(params: SyntheticParams, user_index: int) -> NDArray[np.float64]:
-    """The user's taste [aspects], unit variance over users around the shared taste."""
-    loadings, shared = _population(params.seed)
+    """What the user makes of the attributes of a text: [aspects + 2]."""
     rng = np.random.default_rng((params.seed, _USERS, user_index))
     latent, personal = rng.normal(size=LATENT_FACTORS), rng.normal(size=len(ASPECTS))
-    taste: NDArray[np.float64] = shared + np.sqrt(1 - PERSONAL_SCALE**2) * latent @ loadings + PERSONAL_SCALE * personal
-    return taste
+    taste = TASTE_SCALE * (np.sqrt(1 - PERSONAL_SHARE) * latent @ _loadings(params.seed) + np.sqrt(PERSONAL_SHARE) * personal)
+    return np.concatenate([taste, [VERDICT_WEIGHT, GENEROSITY_SCALE * rng.normal()]])
 
 
 def _answers(params: SyntheticParams, user_index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -84,11 +84,12 @@ class AdapterCache:
             if entry is not None and self._is_good(entry, at_least):
                 return entry
             loading = self._loading.get(key)
-            if loading is None or at_least:
-                loading = self._threads.submit(self._load, key, at_least)
-                self._loading[key] = loading
-                loading.add_done_callback(lambda done: self._loaded(key, done))
-            return loading
+            if loading is not None and not at_least:
+                return loading
+            loading = self._loading[key] = self._threads.submit(self._load, key, at_least)
+        # Outside the lock: a load that is done already calls back at once, and the call takes the lock.
+        loading.add_done_callback(lambda done: self._loaded(key, done))
+        return loading
 
     def _is_good(self, entry: Entry, at_least: str) -> bool:
         held = entry.adapter.version if entry.adapter else ""

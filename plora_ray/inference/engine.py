@@ -100,10 +100,7 @@ class InferenceEngine:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut to the generation's max_length."""
-        if not texts:
-            return []
-        ids: list[list[int]] = self.loaded.tokenizer(list(texts), truncation=True, max_length=self.loaded.max_length)["input_ids"]
-        return ids
+        return self.loaded.encode(texts)
 
     def score(self, ids: Sequence[Sequence[int]], vectors: Sequence[Tensor | None]) -> Tensor:
         """Logits [rows, outputs] of token ids with the given user vectors [d] or None, batched with whatever else is queued."""

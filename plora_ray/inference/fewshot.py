@@ -41,7 +41,7 @@ class FewShotFitter:
 
     def __init__(self, loaded: LoadedGeneration, *, batch_tokens: int = 4096, batch_rows: int = 64) -> None:
         self._loaded = loaded
-        self._batch_tokens, self._batch_rows = batch_tokens, batch_rows
+        self._batch_tokens, self._batch_rows = max(batch_tokens, loaded.max_length), batch_rows
         self._lock = threading.Lock()  # the model's user context belongs to one pass at a time
 
     def fit_many(self, users: Sequence[Examples]) -> list[Fit]:
@@ -59,15 +59,20 @@ class FewShotFitter:
         labels = torch.cat([loaded.labels.encode(list(user.labels)) for user in users])
         owner = torch.repeat_interleave(torch.arange(len(users)), torch.tensor([len(user.texts) for user in users]))
         texts = [text for user in users for text in user.texts]
-        ids: list[list[int]] = loaded.tokenizer(texts, truncation=True, max_length=loaded.max_length)["input_ids"]
+        ids = loaded.encode(texts)
         start = users[0].start
-        prior = loaded.prior if start is None else UserPrior(torch.from_numpy(start).double(), loaded.prior.precision, loaded.prior.noise_variance)
+        prior = (
+            loaded.prior
+            if start is None
+            else UserPrior(torch.from_numpy(start).double(), loaded.prior.precision, loaded.prior.noise_variance)
+        )
         linear = self._linearise(ids, prior.mean)
         fitted = solve_users(linear, torch.arange(len(ids)), labels, owner, len(users), prior, task).vectors
         had = torch.zeros(len(ids), loaded.user_dim) if start is None else prior.mean.float().expand(len(ids), -1)
         before, after = (task_losses(self._logits(ids, vectors), labels, task) for vectors in (had, fitted[owner]))
         return [
-            Fit(fitted[place].numpy(), before[owner == place].mean().item(), after[owner == place].mean().item()) for place in range(len(users))
+            Fit(fitted[place].numpy(), before[owner == place].mean().item(), after[owner == place].mean().item())
+            for place in range(len(users))
         ]
 
     def _linearise(self, ids: list[list[int]], point: Tensor) -> Linearisation:

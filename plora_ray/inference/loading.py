@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,11 @@ from plora_ray.store.reader import GenerationReader
 
 @dataclass(frozen=True)
 class LoadedGeneration:
-    """Everything a process needs to answer with one generation. `reader` finds the users' own adapters in the store."""
+    """Everything a process needs to answer with one generation. `reader` finds the users' own adapters in the store.
+
+    The model holds the user vectors of the pass it is in, so one thread at a time may run it: give an engine or a fitter a
+    generation of its own.
+    """
 
     store: AdapterStore
     reader: GenerationReader
@@ -38,6 +43,13 @@ class LoadedGeneration:
     def user_dim(self) -> int:
         """Width d of a user vector."""
         return self.model.spec.user_dim
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut to max_length; at least one token each, as in training."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return [ids or [self.tokenizer.pad_token_id or 0] for ids in encoded]
 
 
 def load_generation(

@@ -70,10 +70,8 @@ class _RankObserver:
 
     def on_model(self, sharding: str, parameter_bytes: int, parameter_bytes_held: int) -> None:
         if self._rank == 0:
-            mib = 2**20
-            self._board.on_model.remote(
-                f"{self._ranks} ranks, {sharding}: {parameter_bytes / mib:,.1f} MiB of parameters, {parameter_bytes_held / mib:,.1f} MiB on each rank"
-            )
+            whole, held = parameter_bytes / 2**20, parameter_bytes_held / 2**20
+            self._board.on_model.remote(f"{self._ranks} ranks, {sharding}: {whole:,.1f} MiB of parameters, {held:,.1f} MiB on each rank")
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -193,7 +191,9 @@ def _fit(prepared: _Prepared, line: ProgressLine) -> None:
         try:
             trainer.fit()
         except Exception as error:
-            raise TrainingFailed(f"training stopped: {_reason(error)}; run the same command again to go on from the last finished wave") from error
+            raise TrainingFailed(
+                f"training stopped: {_reason(error)}; run the same command again to go on from the last finished wave"
+            ) from error
     ray.kill(board)
 
 

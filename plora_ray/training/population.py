@@ -76,7 +76,9 @@ class PopulationStage:
         mean = torch.stack(losses).mean().item()
         losses.clear()
         if not math.isfinite(mean):
-            raise FloatingPointError(f"the training loss became {mean} at step {step}: lower training.learning_rate or use model.dtype=fp32")
+            raise FloatingPointError(
+                f"the training loss became {mean} at step {step}: lower training.learning_rate or use model.dtype=fp32"
+            )
         self.on_steps(step, steps_in_all, mean)
 
     def _learning_rate_factor(self, step: int, steps_in_all: int) -> float:

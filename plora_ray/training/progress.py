@@ -37,7 +37,13 @@ class ProgressLine:
     _console: Console = field(default_factory=lambda: Console(file=sys.stderr))
 
     def __enter__(self) -> ProgressLine:
-        columns = (TextColumn("{task.description:<18}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:<18}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._bar.start()
         return self
@@ -54,7 +60,9 @@ class ProgressLine:
         if snapshot.users_done > self.users_at_start or (snapshot.steps and snapshot.step >= snapshot.steps):
             self._draw("user stage", snapshot.users_done, snapshot.users, self._users_note(snapshot))
         elif snapshot.steps:
-            self._draw("population stage", snapshot.step, snapshot.steps, f"step {snapshot.step}/{snapshot.steps}  loss {snapshot.loss:.4f}")
+            self._draw(
+                "population stage", snapshot.step, snapshot.steps, f"step {snapshot.step}/{snapshot.steps}  loss {snapshot.loss:.4f}"
+            )
 
     def _users_note(self, snapshot: Snapshot) -> str:
         seconds = max(time.monotonic() - self._stage_began_s, 1e-3) if self._stage == "user stage" else 0.0

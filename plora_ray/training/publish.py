@@ -100,7 +100,7 @@ def build_report(assignment: Assignment, stats: PartitionStats, outcomes: dict[i
         "rows": {split: stats.rows(split) for split in ("train", "validation", "test")},
         "bad_rows_skipped": stats.skipped,
         "labels": assignment.labels.to_json(),
-        "settings": assignment.settings.model_dump(mode="json", exclude={"serving"}),
+        "settings": assignment.settings.model_dump(mode="json", exclude={"serving": True, "data": {"storage_options"}}),
     }
     merged = _merge(outcomes)
     if merged is not None and len(merged.labels):
@@ -124,11 +124,11 @@ def _merge(outcomes: dict[int, WaveOutcome]) -> WaveOutcome | None:
 def _test_scores(merged: WaveOutcome, labels: LabelSpace) -> dict[str, Any]:
     if labels.task == "regression":
         true = merged.labels * labels.std + labels.mean
-        personal, population = (logits[:, 0] * labels.std + labels.mean for logits in (merged.personal, merged.population))
+        predicted, without = (logits[:, 0] * labels.std + labels.mean for logits in (merged.personal, merged.population))
         return {
-            "with_user": as_json(regression_scores(personal, true)),
-            "without_user": as_json(regression_scores(population, true)),
-            "squared_error_gain": paired((personal - true) ** 2, (population - true) ** 2, merged.row_users),
+            "with_user": as_json(regression_scores(predicted, true)),
+            "without_user": as_json(regression_scores(without, true)),
+            "squared_error_gain": paired((predicted - true) ** 2, (without - true) ** 2, merged.row_users),
         }
     personal, population = log_softmax(merged.personal), log_softmax(merged.population)
     frequencies = merged.label_counts.sum(axis=0) / merged.label_counts.sum()

@@ -56,16 +56,19 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
     store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=False)
     rows = _load_rows(assignment, store, rank, ranks)
     trainer, model = _build(assignment, observer)
-    table = UserTable(len(rows.keys), settings.adapter.user_dim, learning_rate=settings.training.user_learning_rate)
+    table = UserTable(
+        len(rows.keys),
+        settings.adapter.user_dim,
+        learning_rate=settings.training.user_learning_rate,
+        weight_decay=settings.training.user_weight_decay,
+    )
     run = RunState(store.objects, assignment.fingerprint)
     checkpoints = PopulationCheckpoints(store.objects, run.folder, rank)
     PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps).run()
 
     trainer.freeze()
     writer = store.begin(assignment.generation, KIND)
-    passes = FrozenPasses(
-        trainer, model, rows, batch_tokens=settings.training.batch_tokens, batch_rows=settings.training.batch_rows
-    )
+    passes = FrozenPasses(trainer, model, rows, batch_tokens=settings.training.batch_tokens, batch_rows=settings.training.batch_rows)
     prior = _prior(run, table, passes, rows, model, rank)
     shared = trainer.gathered()
     if rank == 0:
@@ -92,9 +95,7 @@ def _build(assignment: Assignment, observer: Observer) -> tuple[ShardedTrainer, 
     dtype = torch.bfloat16 if settings.model.dtype == "bf16" else torch.float32
     model = PersonalizedModel.from_pretrained(settings.adapter_spec(assignment.labels.outputs), dtype=dtype)
     training = settings.training
-    objective = PopulationObjective(
-        model, user_dropout=training.user_dropout, mutual_information=training.mutual_information.build()
-    )
+    objective = PopulationObjective(model, user_dropout=training.user_dropout, mutual_information=training.mutual_information.build())
     parameter_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     sharding = choose_sharding(training.sharding, parameter_bytes)
     trainer = ShardedTrainer(

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.data.batches import pad_tokens
 from plora_ray.data.rows import SPLITS, SplitName
 from plora_ray.data.table import PartitionTable
-
 
 SPLIT_CODES: dict[SplitName, int] = {name: code for code, name in enumerate(SPLITS)}
 

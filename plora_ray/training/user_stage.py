@@ -93,9 +93,13 @@ class UserStage:
             return
         examples = np.bincount(local.numpy(), minlength=len(users)).astype(np.int32)
         outcome = WaveOutcome(
-            examples=examples, row_users=tested, labels=self.rows.labels[held_out].numpy(), population=population.numpy(), personal=personal.numpy(),
+            examples=examples,
+            row_users=tested,
+            labels=self.rows.labels[held_out].numpy(),
+            population=population.numpy(),
+            personal=personal.numpy(),
             label_counts=self._label_counts(train, local.numpy(), len(users)),
-        )  # fmt: skip
+        )
         self.run.save_wave(wave.index, outcome)  # before the segment: a wave with a segment is finished for good
         if len(users):
             self.writer.write_segment(wave.index, self.rows.keys[users], vectors.numpy(), examples)

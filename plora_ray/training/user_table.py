@@ -16,15 +16,15 @@ EPSILON = 1e-8
 class UserTable:
     """Vectors [users, d] float32, zero at start, and their Adam moments.
 
-    learning_rate: step size per row, constant.
+    learning_rate: step size per row, constant. weight_decay: decoupled, per step that meets the row (AdamW).
     """
 
-    def __init__(self, users: int, dim: int, *, learning_rate: float) -> None:
+    def __init__(self, users: int, dim: int, *, learning_rate: float, weight_decay: float = 0.0) -> None:
         self.vectors = torch.zeros(users, dim)
         self.first = torch.zeros(users, dim)
         self.second = torch.zeros(users, dim)
         self.steps = torch.zeros(users, dtype=torch.int32)
-        self.learning_rate = learning_rate
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
 
     def gather(self, users: Tensor, device: torch.device | None = None) -> Tensor:
         """Leaf tensor [batch, d] of the users' vectors, requiring gradients: the input of a forward pass."""
@@ -41,7 +41,8 @@ class UserTable:
         second = self.second[rows].mul_(beta2).addcmul_(summed, summed, value=1 - beta2)
         self.first[rows], self.second[rows] = first, second
         denominator = (second / (1 - beta2**steps)).sqrt_().add_(EPSILON)
-        self.vectors[rows] -= self.learning_rate * (first / (1 - beta1**steps)) / denominator
+        kept = (1 - self.learning_rate * self.weight_decay) * self.vectors[rows]
+        self.vectors[rows] = kept - self.learning_rate * (first / (1 - beta1**steps)) / denominator
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed job needs, by name."""

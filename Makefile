@@ -1,0 +1,37 @@
+# Needs Python 3.11 and make. Everything lands in .venv/ and var/ below this folder.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install quickstart test lint bench lock clean
+
+install: .venv/.installed
+
+.venv/.installed: requirements.lock pyproject.toml
+	@echo "installing the locked dependencies into .venv (a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --requirement requirements.lock
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+quickstart: install
+	@$(BIN)/python -m deployments.quickstart
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m benchmarks.serve --quick
+
+# Resolve anew; torch keeps its pin, because an open range may pull accelerator packages that nobody asked for.
+lock: install
+	$(BIN)/pip install --quiet --upgrade --upgrade-strategy eager torch==2.13.0 --editable '.[embedded,peft,test]'
+	@echo '# Every package of an install of plora-ray[embedded,peft,test], pinned. Made by `make lock`.' > requirements.lock
+	$(BIN)/pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//' >> requirements.lock
+
+clean:
+	rm -rf var build dist *.egg-info

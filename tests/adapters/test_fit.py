@@ -1,0 +1,137 @@
+"""The fit of user vectors: the Jacobian, the posterior mode, and that users never influence one another."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from plora_ray.adapters.fit import Linearisation, UserPrior, linearise, prior_from_moments, solve_users
+from tests.adapters.test_model import trained
+from tests.adapters.tiny import batch
+
+DIM = 5
+
+
+def prior(seed: int = 0) -> UserPrior:
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(DIM, DIM, generator=generator, dtype=torch.float64)
+    return UserPrior(torch.randn(DIM, generator=generator, dtype=torch.float64) * 0.3, root @ root.T + torch.eye(DIM))
+
+
+def random_problem(seed: int, users: int, rows: int, classes: int) -> tuple[Linearisation, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random logits and Jacobians of 9 texts, and rows (text, label, user)."""
+    generator = torch.Generator().manual_seed(seed)
+    linear = Linearisation(
+        torch.randn(DIM, generator=generator) * 0.1,
+        torch.randn(9, classes, generator=generator),
+        torch.randn(9, classes - 1, DIM, generator=generator),
+    )
+    texts = torch.randint(9, (rows,), generator=generator)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    return linear, texts, labels, torch.randint(users, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_the_jacobian_agrees_with_finite_differences(folded: bool, task: str) -> None:
+    model = trained("bert", task=task, outputs=3 if task == "classification" else 1).double()
+    if folded:
+        model = model.fold().double()
+    ids, mask = batch()
+    point = torch.linspace(-0.5, 0.5, DIM)
+    logits, jacobian = linearise(model, ids, mask, point, task)  # type: ignore[arg-type]
+    assert jacobian.shape == (5, 2 if task == "classification" else 1, DIM)
+
+    def free(p: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            z = model(ids, mask, p.double().expand(5, -1))
+        return z if task == "regression" else z[:, :-1] - z[:, -1:]
+
+    step = 1e-2
+    for axis in range(DIM):
+        shift = torch.zeros(DIM)
+        shift[axis] = step
+        numeric = (free(point + shift) - free(point - shift)) / (2 * step)
+        assert torch.allclose(jacobian[:, :, axis].double(), numeric.double(), atol=2e-3)
+    assert torch.allclose(logits.double(), model(ids, mask, point.double().expand(5, -1)).double(), atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), classes=st.integers(2, 4), rows=st.integers(0, 40))
+def test_the_solver_finds_the_minimum_that_scipy_finds(seed: int, classes: int, rows: int) -> None:
+    linear, texts, labels, users = random_problem(seed, 3, rows, classes)
+    chosen = prior(seed)
+    fitted = solve_users(linear, texts, labels, users, 3, chosen, "classification")
+    free = (linear.logits[:, :-1] - linear.logits[:, -1:]).double().numpy()
+    jacobian, point = linear.jacobian.double().numpy(), linear.point.double().numpy()
+    for user in range(3):
+        mine = [(int(t), int(y)) for t, y, u in zip(texts, labels, users, strict=True) if u == user]
+
+        def objective(p: np.ndarray, mine: list[tuple[int, int]] = mine) -> float:
+            total = 0.5 * (p - chosen.mean.numpy()) @ chosen.precision.numpy() @ (p - chosen.mean.numpy())
+            for text, label in mine:
+                z = np.append(free[text] + jacobian[text] @ (p - point), 0.0)
+                total += np.log(np.exp(z - z.max()).sum()) + z.max() - z[label]
+            return float(total)
+
+        best = minimize(objective, np.zeros(DIM), method="BFGS", options={"gtol": 1e-8})
+        assert objective(fitted.vectors[user].double().numpy()) <= best.fun + 1e-6
+    assert bool(fitted.converged.all())
+
+
+def test_regression_is_the_closed_form_of_bayesian_linear_regression() -> None:
+    generator = torch.Generator().manual_seed(5)
+    linear = Linearisation(torch.zeros(DIM), torch.randn(6, 1, generator=generator), torch.randn(6, 1, DIM, generator=generator))
+    labels = torch.randn(6, generator=generator)
+    chosen = UserPrior(prior().mean, prior().precision, noise_variance=0.4)
+    fitted = solve_users(linear, torch.arange(6), labels, torch.zeros(6, dtype=torch.long), 1, chosen, "regression").vectors[0].double()
+    x = linear.jacobian[:, 0].double()
+    target = labels.double() - linear.logits[:, 0].double()
+    exact = torch.linalg.solve(chosen.precision + x.T @ x / 0.4, chosen.precision @ chosen.mean + x.T @ target / 0.4)
+    assert torch.allclose(fitted, exact, atol=1e-5)
+
+
+def test_a_user_fitted_among_thousands_gets_the_vector_it_gets_alone() -> None:
+    linear, texts, labels, users = random_problem(7, 3000, 20_000, 3)
+    together = solve_users(linear, texts, labels, users, 3000, prior(), "classification").vectors
+    for user in (0, 1234, 2999):
+        rows = users == user
+        alone = solve_users(
+            linear, texts[rows], labels[rows], torch.zeros(int(rows.sum()), dtype=torch.long), 1, prior(), "classification"
+        ).vectors
+        assert torch.allclose(together[user], alone[0], atol=1e-5)
+
+
+def test_another_users_data_never_changes_a_user() -> None:
+    linear, texts, labels, users = random_problem(8, 20, 200, 3)
+    before = solve_users(linear, texts, labels, users, 20, prior(), "classification").vectors
+    changed = torch.where(users == 3, (labels + 1) % 3, labels)
+    after = solve_users(linear, texts, changed, users, 20, prior(), "classification").vectors
+    others = torch.arange(20) != 3
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[3], after[3])
+
+
+def test_a_user_without_rows_gets_the_priors_mean_and_certain_labels_stay_finite() -> None:
+    linear, texts, labels, _ = random_problem(9, 1, 30, 2)
+    huge = Linearisation(linear.point, linear.logits * 1e3, linear.jacobian * 1e2)
+    fitted = solve_users(huge, texts, labels, torch.zeros(30, dtype=torch.long), 2, prior(), "classification").vectors
+    assert torch.isfinite(fitted).all()
+    assert torch.allclose(fitted[1].double(), prior().mean, atol=1e-6)
+
+
+def test_the_prior_has_the_vectors_mean_and_for_many_users_their_covariance() -> None:
+    generator = torch.Generator().manual_seed(4)
+    vectors = (
+        torch.randn(50_000, DIM, generator=generator, dtype=torch.float64) @ torch.diag(torch.arange(1.0, DIM + 1, dtype=torch.float64)) + 1
+    )
+    found = prior_from_moments(len(vectors), vectors.sum(0), vectors.T @ vectors)
+    assert torch.allclose(found.mean, vectors.mean(0))
+    assert torch.allclose(torch.linalg.inv(found.precision), torch.cov(vectors.T), atol=0.2)
+    assert torch.isfinite(prior_from_moments(0, torch.zeros(DIM).double(), torch.zeros(DIM, DIM).double()).precision).all()
+    kept = UserPrior.from_tensors(found.scaled(2.0).tensors())
+    assert torch.allclose(torch.linalg.inv(kept.precision), 2 * torch.linalg.inv(found.precision))

@@ -1,0 +1,186 @@
+"""The job as users run it: real Ray Train, real DeepSpeed, a real store, killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from plora_ray.config import load_settings
+from plora_ray.data.sources import list_units, read_unit
+from plora_ray.inference import InferenceEngine, load_generation
+from plora_ray.store import AdapterStore
+
+Tree = dict[str, Any]
+
+
+def write(tree: Tree, folder: Path) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The command in a process group of its own."""
+    sets = [part for override in overrides for part in ("--set", override)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "plora_ray.train_all", "--config", str(config), *sets],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(config: Path, *overrides: str) -> tuple[int, str, str]:
+    process = start(config, *overrides)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def train(config: Path, *overrides: str) -> dict[str, Any]:
+    code, out, err = run(config, *overrides)
+    assert code == 0, err
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return result
+
+
+def users_of(config: Path) -> set[str]:
+    data = load_settings(config).data
+    return {row for unit in list_units(data) for rows in read_unit(unit, data) for row in rows.user_ids}
+
+
+def segments(store: Path) -> dict[str, tuple[bytes, int]]:
+    """Finished waves by name: their bytes and when they were written."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in store.glob("generations/*/segments/*.safetensors")}
+
+
+def test_the_job_publishes_an_adapter_for_every_user_and_its_last_line_says_so(tiny_tree: Tree, tmp_path: Path) -> None:
+    config = write(tiny_tree, tmp_path)
+    result = train(config)
+    assert set(result) == {"generation", "users", "examples", "store", "report", "seconds"}
+    store = AdapterStore.open(tiny_tree["store"]["uri"])
+    reader = store.open_generation()
+    assert reader.generation == result["generation"] and result["users"] == reader.users == 60
+    assert set(reader.keys()) == {store.key(user) for user in users_of(config)}
+    report = json.loads(store.objects.read(f"generations/{result['generation']}/report.json"))
+    assert report["users"] == 60 and report["test"]["with_user"]["rows"] == report["rows"]["test"]
+    assert report["ceilings"]["without_user"] < report["ceilings"]["with_user"]
+    assert not store.objects.list("runs"), "users' tokens must not outlive the run"
+    everything = b"".join(path.read_bytes() for path in Path(tiny_tree["store"]["uri"]).rglob("*") if path.is_file())
+    assert b"user-000" not in everything, "the store must not hold raw user ids"
+
+
+def test_a_killed_job_started_again_with_more_workers_trains_no_finished_wave_twice_and_skips_nobody(
+    tiny_tree: Tree, tmp_path: Path
+) -> None:
+    tiny_tree["training"]["users_per_wave"] = 1
+    config, store = write(tiny_tree, tmp_path), Path(tiny_tree["store"]["uri"])
+    process = start(config, "training.num_workers=1")
+    deadline = time.monotonic() + 200
+    while len(segments(store)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, "the job ended or stalled before three waves were done"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = segments(store)
+    assert AdapterStore.open(str(store)).current() is None, "an unfinished generation must not serve"
+    assert len(before) < 60, "killed too late to show anything"
+    result = train(config, "training.num_workers=2")
+    after = segments(store)
+    assert result["users"] == 60 and len(after) == 60
+    assert {name: after[name] for name in before} == before
+    assert AdapterStore.open(str(store)).current() == result["generation"]
+
+
+def test_sharded_and_replicated_training_give_the_same_adapters(tiny_tree: Tree, tmp_path: Path) -> None:
+    tiny_tree["training"].update({"epochs": 2, "user_dropout": 0.0})
+    vectors, shared = {}, {}
+    for sharding in ("zero3", "replicated"):
+        tree = {**tiny_tree, "store": {"uri": str(tmp_path / sharding)}}
+        config = write(tree, tmp_path)
+        code, out, err = run(config, f"training.sharding={sharding}")
+        assert code == 0, err
+        assert f"2 ranks, {sharding}" in err
+        reader = AdapterStore.open(tree["store"]["uri"]).open_generation()
+        shared[sharding] = reader.shared().tensors
+        vectors[sharding] = {key: adapter.record for key, adapter in reader.get_many(list(reader.keys())).items()}
+    for name, tensor in shared["zero3"].items():
+        if not name.startswith("prior."):
+            assert torch.allclose(tensor, shared["replicated"][name], atol=2e-4), name
+    norms = (
+        [np.linalg.norm(vectors["zero3"][key]) for key in vectors["zero3"]] if set(vectors["zero3"]) == set(vectors["replicated"]) else []
+    )
+    assert len(norms) in (0, 60)  # the two stores key their users differently, so only the shared parameters compare one by one
+
+
+def test_the_published_adapters_answer_as_the_training_report_says(tiny_tree: Tree, tmp_path: Path) -> None:
+    config = write(tiny_tree, tmp_path)
+    result = train(config)
+    store = AdapterStore.open(tiny_tree["store"]["uri"])
+    report = json.loads(store.objects.read(f"generations/{result['generation']}/report.json"))
+    engine = InferenceEngine(load_generation(store))
+    data = load_settings(config).data
+    rows = [
+        (user, text, label)
+        for unit in list_units(data)
+        for chunk in read_unit(unit, data)
+        for user, text, label, split in zip(chunk.user_ids, chunk.texts, chunk.labels, chunk.splits, strict=True)
+        if split == "test"
+    ]
+    answers = engine.predict([(user, text) for user, text, _ in rows])
+    engine.close()
+    nll = -np.mean([np.log(answer.prediction.scores[label]) for answer, (_, _, label) in zip(answers, rows, strict=True)])
+    assert {answer.personalization for answer in answers} == {"adapter"}
+    assert nll == pytest.approx(report["test"]["with_user"]["nll"], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("training.epoch=3", 2, "unknown setting 'training.epoch': did you mean 'training.epochs'"),
+        ("model.name=no-such-model", 1, "cannot load"),
+        ("data.source=nowhere.parquet", 1, "nowhere.parquet"),
+        ("store.uri=/proc/store", 1, "/proc/store"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line_before_anything_is_trained(
+    tiny_tree: Tree, tmp_path: Path, override: str, code: int, message: str
+) -> None:
+    found, out, err = run(write(tiny_tree, tmp_path), override)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert found == code and not out and len(errors) == 1 and message in errors[0]
+    assert not Path(tiny_tree["store"]["uri"], "generations").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("user_id,text,label\n", "no usable row"),
+        ("user_id,text,label,split\nu1,a,x,train\nu1,b,y,train\nu1,c,z,test\n", "only the test split has"),
+        ("user_id,text,label\nu1,,x\n", "text"),
+    ],
+)
+def test_data_that_cannot_be_learned_from_is_refused_with_the_reason(tiny_tree: Tree, tmp_path: Path, rows: str, message: str) -> None:
+    (tmp_path / "rows.csv").write_text(rows)
+    code, out, err = run(write(tiny_tree, tmp_path), f"data.source={tmp_path / 'rows.csv'}")
+    assert code == 1 and not out and message in err
+    assert AdapterStore.open(tiny_tree["store"]["uri"]).current() is None
+
+
+def test_a_regression_learns_numbers(tiny_tree: Tree, tmp_path: Path) -> None:
+    lines = [json.dumps({"user_id": f"u{row % 7}", "text": f"text number {row}", "label": 100 + row % 7}) for row in range(140)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    tiny_tree.update({"task": "regression", "data": {"source": str(tmp_path / "rows.jsonl")}})
+    result = train(write(tiny_tree, tmp_path))
+    store = AdapterStore.open(tiny_tree["store"]["uri"])
+    report = json.loads(store.objects.read(f"generations/{result['generation']}/report.json"))
+    assert 100 <= report["labels"]["mean"] <= 106
+    assert report["test"]["with_user"]["mse"] < report["test"]["without_user"]["mse"]
