@@ -80,9 +80,9 @@ class LocalCluster:
         return self._directory
 
     @property
-    def alive(self) -> tuple[int, ...]:
+    def alive(self) -> list[int]:
         """Indices of the nodes whose processes run."""
-        return tuple(index for index, node in enumerate(self._nodes) if node is not None and node.alive())
+        return [index for index, node in enumerate(self._nodes) if node is not None and node.alive()]
 
     def environment(self) -> dict[str, str]:
         """What a child process needs, over its own environment, to join: addresses, authentication and the cluster's `env`."""

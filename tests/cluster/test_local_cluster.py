@@ -91,7 +91,7 @@ def test_three_nodes_run_a_job_lose_a_node_gain_another_and_leave_no_process(scr
     (working_dir / "job.py").write_text(ONE_TASK_A_NODE)
 
     with LocalCluster(nodes=3, cpus_per_node=2, temp_dir=scratch) as cluster:
-        assert cluster.alive == (0, 1, 2)
+        assert cluster.alive == [0, 1, 2]
         assert cluster.directory.parent == scratch
         assert "RAY_AUTH_TOKEN" not in os.environ, "the token is the cluster's, not this process's"
         url = cluster.dashboard_url
@@ -104,7 +104,7 @@ def test_three_nodes_run_a_job_lose_a_node_gain_another_and_leave_no_process(scr
 
         processes = _started_since(before)
         cluster.remove_node(2)
-        assert cluster.alive == (0, 1)
+        assert cluster.alive == [0, 1]
         assert cluster.add_node() == 3
         assert "tasks ran on 3 of 4 nodes" in _run([sys.executable, "-c", ONE_TASK_A_NODE, "3"], cluster)
         processes += _started_since(before)
