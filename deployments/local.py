@@ -12,6 +12,7 @@ from plora_ray.config import Settings
 from plora_ray.errors import ConfigError, PloraError
 from plora_ray.runtime import private_cluster_environment, ray_temp_dir
 
+PROXY_READY_WITHIN_S = 60  # Serve's own 5 s kills a proxy that only starts slowly on a busy machine
 READY_POLL_S = 0.2
 READY_WITHIN_S = 180.0
 HAPROXY_DIRECTORY_LENGTH = 38  # below a longer one its socket paths would be refused; then it keeps its own place
@@ -28,6 +29,7 @@ def serve_until_interrupted(settings: Settings, port: int) -> None:
     """
     _check_port(settings.serving.host, port)
     stop = threading.Event()
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_READY_WITHIN_S))
     # Ray and Serve read these when they are imported, so both are imported after it.
     if settings.serving.proxy == "haproxy":
         from cluster.serve_environment import haproxy_environment, haproxy_files

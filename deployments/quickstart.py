@@ -26,12 +26,13 @@ from plora_ray.data.synthetic import SyntheticParams, new_user, rows_of_user, tr
 from plora_ray.store import AdapterStore
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
-NEW_USERS = 40
+SHOWN_CONFIG = "deployments/quickstart.yaml"
+NEW_USERS = 100
 EXAMPLES = 8
 ASKED_USERS = 300
 READY_WITHIN_S = 180
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> int:
@@ -40,8 +41,10 @@ def main() -> int:
     params = SyntheticParams.from_url(settings.data.source)
     console.rule("1. Train an adapter for every user")
     console.print(
-        f"{params.users:,} made-up people rate films. They disagree: the same text, different answers. One frozen MiniLM (22.7 M parameters) is "
-        f"shared by all;\neach person gets {settings.adapter.user_dim} numbers of their own.\n\n[dim]$ python -m plora_ray.train_all --config {CONFIG.relative_to(Path.cwd())}[/dim]"
+        f"{params.users:,} made-up people rate films. They disagree: the same text, different answers.\n"
+        "One frozen MiniLM (22.7 M parameters) is shared by all; "
+        f"each person gets {settings.adapter.user_dim} numbers of their own.\n\n"
+        f"[dim]$ python -m plora_ray.train_all --config {SHOWN_CONFIG}[/dim]"
     )
     published = _train()
     _tell_training(settings, published)
@@ -82,7 +85,8 @@ def _tell_training(settings: Settings, published: dict[str, Any]) -> None:
     console.print(table)
     gain = test["accuracy_gain"]
     console.print(
-        f"Knowing the user is worth {gain['mean']:+.1%} accuracy (95 % interval {gain['low']:+.1%} to {gain['high']:+.1%}, resampled by user).\n"
+        f"Knowing the user is worth {gain['mean']:+.1%} accuracy "
+        f"(95 % interval {gain['low']:+.1%} to {gain['high']:+.1%}, resampled by user).\n"
     )
 
 
@@ -91,7 +95,7 @@ def _server() -> Iterator[Client]:
     """The serving application in a process group of its own, stopped by its own handle."""
     port = _free_port()
     command = [sys.executable, "-m", "plora_ray.cli", "serve", "--config", str(CONFIG), "--port", str(port)]
-    console.print(f"[dim]$ plora serve --config {CONFIG.relative_to(Path.cwd())} --port {port}[/dim]")
+    console.print(f"[dim]$ plora serve --config {SHOWN_CONFIG} --port {port}[/dim]")
     log = Path("var/quickstart-serve.log")
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -130,7 +134,8 @@ def _tell_same_text(client: Client, params: SyntheticParams) -> None:
     console.print(table)
     nobody = client.predict([("somebody unknown", text)])[0]
     console.print(
-        f'Somebody unknown gets the population\'s answer: {nobody["label"]}, P(like) {nobody["scores"]["like"]:.2f}, marked "{nobody["personalization"]}".\n'
+        f"Somebody unknown gets the population's answer: {nobody['label']}, P(like) {nobody['scores']['like']:.2f}, "
+        f'marked "{nobody["personalization"]}".\n'
     )
 
 
@@ -158,8 +163,9 @@ def _tell_new_users(client: Client, params: SyntheticParams) -> None:
                 )
             console.print(table)
     console.print(
-        f"{NEW_USERS} new people, {asked} texts: {right_before / asked:.1%} right before, [bold]{right_after / asked:.1%} right after {EXAMPLES} examples each[/bold]; "
-        f"an adapter took {sorted(seconds)[len(seconds) // 2]:.2f} s (median). No restart, nothing retrained.\n"
+        f"{NEW_USERS} new people, {asked} texts: {right_before / asked:.1%} right before, "
+        f"[bold]{right_after / asked:.1%} right after {EXAMPLES} examples each[/bold].\n"
+        f"An adapter took {sorted(seconds)[len(seconds) // 2]:.2f} s (median). No restart, nothing retrained.\n"
     )
 
 

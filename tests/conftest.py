@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # before anything imports ray; clusters of the tests listen on loopback only
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a proxy may start slowly on a busy machine
 
 import pytest
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ def _run(function: Callable[[str], str], items: list[str]) -> Iterator[str]:
     """Apply `function` to every item, one task each, on the cluster; yields results as they come, in any order."""
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plans and summaries are noise beside the job's own progress
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False  # progress is reported in users and rows, and standard output belongs to the caller
     with ray.data.DataContext.current(context):

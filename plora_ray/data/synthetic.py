@@ -51,10 +51,10 @@ VERDICTS: tuple[tuple[int, tuple[str, ...]], ...] = (
 )
 ASPECTS_PER_TEXT = 2
 LATENT_FACTORS = 2
-TASTE_SCALE = 0.5  # standard deviation of a user's weight of an aspect
+TASTE_SCALE = 0.35  # standard deviation of a user's weight of an aspect
 PERSONAL_SHARE = 0.1  # of the taste's variance: what no other user tells anything about
-GENEROSITY_SCALE = 0.7  # standard deviation of g_u
-VERDICT_WEIGHT = 0.3  # what everybody agrees on: it lifts the user-blind ceiling above one half
+GENEROSITY_SCALE = 1.0  # standard deviation of g_u
+VERDICT_WEIGHT = 0.4  # what everybody agrees on: it lifts the user-blind ceiling above one half
 MAX_POPULATION_FOR_CEILINGS = 20_000  # users are drawn alike, so this many tell the ceilings to three digits
 
 # Streams of the random generator: the same (seed, index) must not give a text and a user the same numbers.

@@ -131,7 +131,8 @@ def _prepare(settings: Settings, line: ProgressLine) -> _Prepared:
     uri = store.objects.uri_of(f"{run.folder}/partitions")
     stats = partition_rows(
         settings.data, settings.task, uri, settings.training.partitions, store.hash_secret, resolve_model(settings.model.name),
-        settings.model.max_length, settings.training.seed, storage_options=settings.store.storage_options(),
+        settings.model.max_length, settings.training.seed, progress=line.show_partitioning,
+        storage_options=settings.store.storage_options(),
     )  # fmt: skip
     labels = _labels(settings, stats, uri)
     waves = plan_waves({index: part.train_users for index, part in enumerate(stats.partitions)}, settings.training.users_per_wave)
@@ -168,6 +169,7 @@ def _fit(prepared: _Prepared, line: ProgressLine) -> None:
         line.say(f"{done:,} users are finished already and are not trained again")
     board = ProgressBoard.remote(done, prepared.stats.train_users)  # type: ignore[attr-defined]
     workers, use_gpu = _scale(settings)
+    line.say(f"starting {workers} {'GPU' if use_gpu else 'CPU'} workers ...")
     filesystem, path = prepared.store.objects.arrow_filesystem(f"{prepared.run.folder}/ray")
     trainer = TorchTrainer(
         _train_loop,

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from plora_ray.data.partition import PartitionProgress
+
 
 @dataclass
 class Snapshot:
@@ -34,7 +36,7 @@ class ProgressLine:
     _stage_began_s: float = 0.0
     _printed_tenth: int = -1
     _task: TaskID | None = None
-    _console: Console = field(default_factory=lambda: Console(file=sys.stderr))
+    _console: Console = field(default_factory=lambda: Console(file=sys.stderr, soft_wrap=True))
 
     def __enter__(self) -> ProgressLine:
         columns = (
@@ -54,6 +56,11 @@ class ProgressLine:
     def say(self, text: str) -> None:
         """A line that stays."""
         self._console.print(text, highlight=False, markup=False)
+
+    def show_partitioning(self, progress: PartitionProgress) -> None:
+        """Draw how far reading or tokenising is."""
+        unit = "sources" if progress.stage == "read" else "partitions"
+        self._draw(f"{progress.stage} rows", progress.done, progress.total, f"{progress.rows:,} rows, {progress.done}/{progress.total} {unit}")
 
     def show(self, snapshot: Snapshot) -> None:
         """Draw the newest state."""
