@@ -24,17 +24,24 @@ class BodyLimit:
         if declared.isdigit() and int(declared) > self._max_bytes:
             await problem_response(self._too_large())(scope, receive, send)
             return
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
+        # Read here: an error raised inside the application's own reading would come out as a malformed body.
+        body = bytearray()
+        while True:
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._max_bytes:
-                raise self._too_large()
-            return message
+            if message["type"] != "http.request":
+                return  # the client has gone
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                await problem_response(self._too_large())(scope, receive, send)
+                return
+            if not message.get("more_body", False):
+                break
+        pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        await self._app(scope, counted, send)
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        await self._app(scope, replay, send)
 
     def _too_large(self) -> Problem:
         return Problem(413, f"the body is larger than the {self._max_bytes:,} bytes this server takes: send fewer texts at a time")

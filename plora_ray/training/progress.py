@@ -60,7 +60,8 @@ class ProgressLine:
     def show_partitioning(self, progress: PartitionProgress) -> None:
         """Draw how far reading or tokenising is."""
         unit = "sources" if progress.stage == "read" else "partitions"
-        self._draw(f"{progress.stage} rows", progress.done, progress.total, f"{progress.rows:,} rows, {progress.done}/{progress.total} {unit}")
+        note = f"{progress.rows:,} rows, {progress.done}/{progress.total} {unit}"
+        self._draw(f"{progress.stage} rows", progress.done, progress.total, note)
 
     def show(self, snapshot: Snapshot) -> None:
         """Draw the newest state."""
