@@ -18,6 +18,7 @@ Sharding = Literal["zero3", "replicated"]
 Item = TypeVar("Item")
 
 SHARD_ABOVE_SHARE = 0.5  # of a device's memory: beyond it a replicated frozen model leaves too little for activations
+MOMENTS = ("exp_avg", "exp_avg_sq")
 PER_WORKER_BYTES_CPU = 4 * 2**30  # what a CPU rank is assumed to have for a model copy
 
 
@@ -89,47 +90,40 @@ class ShardedTrainer:
     def load(self, parameters: dict[str, Tensor]) -> None:
         """Set the trained parameters, masters included. All ranks must call with equal values."""
         for name, parameter in self.trained.items():
-            if self.sharded:
-                from deepspeed.utils import safe_set_full_fp32_param
-
-                with self._zero.GatheredParameters([parameter], modifier_rank=0):
-                    parameter.data.copy_(parameters[name])
-                safe_set_full_fp32_param(parameter, parameters[name])
-            else:
+            with self._zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.sharded):
                 parameter.data.copy_(parameters[name])
+            if self.sharded:
+                self._set_shard(parameter, parameters[name], None)
 
     def moments(self) -> dict[str, Tensor]:
-        """Adam moments of every trained parameter, gathered, as `{name}.exp_avg` and `{name}.exp_avg_sq`. All ranks must call.
-
-        Before the first step there are none: zeros.
-        """
+        """Adam moments of every trained parameter, gathered, as `{name}.exp_avg` and `{name}.exp_avg_sq`. All ranks must call."""
         gathered = {}
         for name, parameter in self.trained.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                gathered[f"{name}.{key}"] = self._moment(parameter, key).detach().float().cpu().clone()
+            for key in MOMENTS:
+                value = self._optimizer.get_full_hp_param(parameter, key) if self.sharded else self._optimizer.state[parameter][key]
+                gathered[f"{name}.{key}"] = value.detach().float().cpu().reshape(_shape(parameter)).clone()
         return gathered
-
-    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        if self.sharded:
-            from deepspeed.utils import safe_get_full_optimizer_state
-
-            return safe_get_full_optimizer_state(parameter, key)
-        return self._optimizer.state[parameter].get(key, torch.zeros_like(parameter))
 
     def load_moments(self, moments: dict[str, Tensor], step: int) -> None:
         """Put gathered moments back, for any number of ranks, as after `step` steps."""
-        for name, parameter in self.trained.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                value = moments[f"{name}.{key}"]
-                if self.sharded:
-                    from deepspeed.utils import safe_set_full_optimizer_state
-
-                    safe_set_full_optimizer_state(parameter, value, key)
-                else:
-                    self._optimizer.state[parameter][key] = value.to(parameter)
+        flat = self._optimizer.fp32_partitioned_groups_flat if self.sharded else list(self.trained.values())
         states: dict[Any, Any] = self._optimizer.optimizer.state if self.sharded else self._optimizer.state
-        for state in states.values():
-            state["step"] = torch.tensor(float(step))
+        for tensor in flat:  # Adam makes its state in the first step; a resumed job has made none yet
+            states[tensor] = {"step": torch.tensor(float(step)), **{key: torch.zeros_like(tensor) for key in MOMENTS}}
+        for name, parameter in self.trained.items():
+            for key in MOMENTS:
+                if self.sharded:
+                    self._set_shard(parameter, moments[f"{name}.{key}"], key)
+                else:
+                    states[parameter][key].copy_(moments[f"{name}.{key}"])
+
+    @torch.no_grad()
+    def _set_shard(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Write this rank's part of a full value; DeepSpeed's own setter refuses sizes that the ranks don't divide."""
+        shard, _ = self._optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+        padded = torch.zeros(shard.numel() * dist.get_world_size())
+        padded[: value.numel()] = value.flatten()
+        shard.copy_(padded[shard.numel() * dist.get_rank() :][: shard.numel()])
 
     def parameter_bytes_held(self) -> int:
         """Bytes of model parameters in this rank's memory between two passes."""
@@ -148,6 +142,12 @@ class ShardedTrainer:
             passes = int(most)
         for index in range(passes):
             yield (items[index], True, passes) if index < len(items) else (idle, False, passes)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """The whole parameter's shape, sharded or not."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def _held(parameter: nn.Parameter) -> int:

@@ -66,11 +66,11 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
     checkpoints = PopulationCheckpoints(store.objects, run.folder, rank)
     PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps).run()
 
+    shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
     trainer.freeze()
     writer = store.begin(assignment.generation, KIND)
     passes = FrozenPasses(trainer, model, rows, batch_tokens=settings.training.batch_tokens, batch_rows=settings.training.batch_rows)
     prior = _prior(run, table, passes, rows, model, rank)
-    shared = trainer.gathered()
     if rank == 0:
         writer.write_shared({**shared, **prior.tensors()}, {"format": "pt"})
     finished: list[set[int]] = [set(writer.finished_waves()) if rank == 0 else set()]
