@@ -58,10 +58,8 @@ def main(
         config.write_text(yaml.safe_dump(_settings(data.resolve(), store_uri, server.endpoint_url, epochs, max_length)))
         published = _train(config.resolve(), out)
         report = _report(store_uri, server.endpoint_url, published["generation"])
-        _print(
-            "cohort_a",
-            {**report["test"], "users": published["users"], "train_rows": published["examples"], "seconds": published["seconds"]},
-        )
+        told = {"users": published["users"], "train_rows": published["examples"], "seconds": published["seconds"]}
+        _print("cohort_a", {**report["test"], **told})
         with _serving(config, out) as client:
             _onboard(client, pq.read_table(data).to_pylist())
 
@@ -79,8 +77,8 @@ def _train(config: Path, out: Path) -> dict[str, Any]:
     """The job, submitted as a user would; its last line."""
     with LocalCluster(nodes=2, cpus_per_node=1, env=CREDENTIALS) as cluster:
         command = [
-            str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", str(cluster.dashboard_url), "--working-dir", ".", "--",
-            "python", "-m", "plora_ray.train_all", "--config", str(config),
+            str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", str(cluster.dashboard_url), "--working-dir", ".",
+            "--", "python", "-m", "plora_ray.train_all", "--config", str(config),
         ]  # fmt: skip
         print("$", " ".join(command), file=sys.stderr)
         log = out / "job.log"

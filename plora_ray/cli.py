@@ -185,5 +185,23 @@ def generations_activate(generation: str, config: ConfigOption, overrides: SetOp
     typer.echo(f"{generation} serves")
 
 
+@generations_app.command("gc")
+@reports_errors
+def generations_gc(
+    config: ConfigOption,
+    keep: Annotated[int, typer.Option(help="Newest published generations that stay; the current one always does.")] = 3,
+    grace_hours: Annotated[float, typer.Option(help="Nothing begun more recently is touched.")] = 168.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Delete old generations and what crashed jobs left behind."""
+    from plora_ray.store.collection import collect
+
+    for item in collect(_store(_settings(config, overrides)), keep=keep, grace_s=grace_hours * 3600, dry_run=dry_run):
+        kind = "published" if item.published else "unfinished"
+        verb = "would delete" if dry_run else "deleted"
+        typer.echo(f"{verb} {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")
+
+
 if __name__ == "__main__":
     app()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.models.mt5 import MT5EncoderModel
+from transformers.utils import logging as hf_logging
 
 from plora_ray.adapters.families import FAMILIES
 from plora_ray.errors import ModelError
@@ -62,7 +65,8 @@ def load_plm(name: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
         options: dict[str, Any] = {"dtype": dtype}
         if config.model_type in ("bert", "roberta", "xlm-roberta"):
             options["add_pooling_layer"] = False
-        model = kind.from_pretrained(location, **options)
+        with _quiet():
+            model = kind.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loadable(name, "model", error)) from error
     if hasattr(model.config, "use_cache"):
@@ -99,6 +103,20 @@ def hidden_size(plm: nn.Module) -> int:
     """Width of the model's hidden states."""
     config: Any = plm.config
     return int(getattr(config, "hidden_size", None) or config.d_model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bars and its report of the heads that this system leaves out on purpose."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def _not_loadable(name: str, part: str, error: Exception) -> str:

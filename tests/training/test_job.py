@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 
 from plora_ray.config import load_settings
 from plora_ray.data.sources import list_units, read_unit
@@ -78,26 +79,57 @@ def test_the_job_publishes_an_adapter_for_every_user_and_its_last_line_says_so(t
     assert b"user-000" not in everything, "the store must not hold raw user ids"
 
 
-def test_a_killed_job_started_again_with_more_workers_trains_no_finished_wave_twice_and_skips_nobody(
-    tiny_tree: Tree, tmp_path: Path
-) -> None:
-    tiny_tree["training"]["users_per_wave"] = 1
-    config, store = write(tiny_tree, tmp_path), Path(tiny_tree["store"]["uri"])
+def kill_after_waves(config: Path, store: Path, waves: int) -> None:
+    """Start the job with one worker and kill everything of it once so many waves are finished."""
     process = start(config, "training.num_workers=1")
     deadline = time.monotonic() + 200
-    while len(segments(store)) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, "the job ended or stalled before three waves were done"
+    while len(segments(store)) < waves:
+        assert process.poll() is None and time.monotonic() < deadline, "the job ended or stalled too early"
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    before = segments(store)
-    assert AdapterStore.open(str(store)).current() is None, "an unfinished generation must not serve"
-    assert len(before) < 60, "killed too late to show anything"
+
+
+def test_a_killed_job_started_again_trains_no_finished_wave_twice_skips_nobody_and_brings_no_erased_user_back(
+    tiny_tree: Tree, tmp_path: Path
+) -> None:
+    tiny_tree["training"]["users_per_wave"] = 1
+    config, folder = write(tiny_tree, tmp_path), Path(tiny_tree["store"]["uri"])
+    kill_after_waves(config, folder, 3)
+    before = segments(folder)
+    store = AdapterStore.open(str(folder))
+    assert store.current() is None, "an unfinished generation must not serve"
+    assert len(before) < 58, "killed too late to show anything"
+    keys = {store.key(user) for user in users_of(config)}
+    done = {load_file(path)["keys"].tobytes() for path in folder.glob("generations/*/segments/*.safetensors")}
+    erased_after_their_wave, erased_before_it = min(done), min(keys - done)
+    store.erase(erased_after_their_wave)
+    store.erase(erased_before_it)
     result = train(config, "training.num_workers=2")
-    after = segments(store)
-    assert result["users"] == 60 and len(after) == 60
-    assert {name: after[name] for name in before} == before
-    assert AdapterStore.open(str(store)).current() == result["generation"]
+    after = segments(folder)
+    reader = store.open_generation()
+    assert {name: after[name] for name in before} == before, "a finished wave was trained twice"
+    assert set(reader.keys()) == keys - {erased_after_their_wave, erased_before_it}
+    assert result["generation"] == store.current() and result["users"] == 59, "who was erased before his wave must not be in a segment"
+    assert store.pull(reader, erased_after_their_wave) is None
+
+
+def test_the_gain_is_there_with_the_true_users_and_vanishes_with_shuffled_ones(tiny_tree: Tree, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    rows = [(user, f"text {generator.integers(10_000)}", ["no", "yes"][user % 2]) for user in range(40) for _ in range(16)]
+    gains = {}
+    for name, users in (("true", [row[0] for row in rows]), ("shuffled", generator.permutation([row[0] for row in rows]).tolist())):
+        lines = [
+            json.dumps({"user_id": f"u{user}", "text": text, "label": label}) for user, (_, text, label) in zip(users, rows, strict=True)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        tree = {**tiny_tree, "data": {"source": str(tmp_path / f"{name}.jsonl")}, "store": {"uri": str(tmp_path / name)}}
+        tree["training"] = {**tiny_tree["training"], "epochs": 3, "user_learning_rate": 0.05}
+        result = train(write(tree, tmp_path))
+        store = AdapterStore.open(tree["store"]["uri"])
+        gains[name] = json.loads(store.objects.read(f"generations/{result['generation']}/report.json"))["test"]["nll_gain"]
+    assert gains["true"]["low"] > 0.2
+    assert gains["shuffled"]["high"] < 0.1
 
 
 def test_sharded_and_replicated_training_give_the_same_model(tiny_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,66 @@
+"""Settings are validated at the door, in words that say what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from plora_ray.config import load_settings, parse_settings
+from plora_ray.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"modell": {}}, "unknown setting 'modell': did you mean 'model'"),
+        ({"training": {"learning_rat": 1}}, "unknown setting 'training.learning_rat': did you mean 'training.learning_rate'"),
+        ({"serving": {"limits": {"body_byte": 1}}}, "did you mean 'serving.limits.body_bytes'"),
+        ({"data": {"sorce": "x"}}, "did you mean 'data.source'"),
+        ({"training": {"epochs": 0}}, "setting 'training.epochs'.*greater than or equal to 1.*got 0"),
+        ({"adapter": {"rank": "many"}}, "setting 'adapter.rank'"),
+        ({"training": {"num_workers": 9, "partitions": 8}}, "num_workers is 9: it must lie between 1 and partitions"),
+        (
+            {"model": {"max_length": 512}, "training": {"batch_tokens": 256}},
+            "training.batch_tokens is 256: it must be at least model.max_length",
+        ),
+        ({"task": "ranking"}, "setting 'task'"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(tree: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_settings(tree)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_lie_over_the_file_and_are_parsed_as_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump({"training": {"epochs": 5}}))
+    settings = load_settings(path, ["training.epochs=2", "data.filter.cohort=a", "adapter.targets=[query, key]", "store.uri=s3://bucket/x"])
+    assert settings.training.epochs == 2 and settings.data.filter == {"cohort": "a"}
+    assert settings.adapter.targets == ("query", "key") and settings.store.uri == "s3://bucket/x"
+    with pytest.raises(ConfigError, match="write key.path=value"):
+        load_settings(path, ["training.epochs"])
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a", "must hold a mapping"), (None, "cannot read")])
+def test_a_file_that_is_no_settings_file_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "settings.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_settings(path)
+
+
+def test_the_quickstart_and_the_defaults_are_valid_and_settings_survive_a_round_trip() -> None:
+    quickstart = load_settings(Path(__file__).parents[1] / "deployments" / "quickstart.yaml")
+    for settings in (quickstart, parse_settings({})):
+        assert parse_settings(settings.model_dump(mode="json")) == settings
+
+
+def test_s3_settings_hold_no_secret() -> None:
+    settings = parse_settings({"store": {"uri": "s3://b/p", "endpoint_url": "http://127.0.0.1:9000", "region": "eu-west-1"}})
+    assert settings.store.storage_options() == {"endpoint_url": "http://127.0.0.1:9000", "client_kwargs": {"region_name": "eu-west-1"}}
+    with pytest.raises(ConfigError, match="unknown setting 'store.secret'"):
+        parse_settings({"store": {"secret": "x"}})
