@@ -25,7 +25,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m benchmarks.serve --quick
+	$(BIN)/python -m benchmarks.serve --quick --json
 
 # Resolve anew; torch keeps its pin, because an open range may pull accelerator packages that nobody asked for.
 lock: install

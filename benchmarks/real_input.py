@@ -45,12 +45,12 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "bench
 
 def main(
     data: Path,
-    out: Annotated[Path, typer.Option(help="Working directory; made anew.")] = Path("var/real_input"),
+    out: Annotated[Path, typer.Option(help="Working directory; an interrupted run in it goes on.")] = Path("var/real_input"),
     epochs: Annotated[int, typer.Option(help="Passes of the population stage.")] = 2,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 64,
 ) -> None:
     """Train on cohort a, onboard cohort b, print the figures."""
-    out.mkdir(parents=True, exist_ok=False)
+    out.mkdir(parents=True, exist_ok=True)
     os.environ.update(CREDENTIALS)
     with S3Server(out / "s3") as server:
         store_uri = server.create_bucket("plora") + "/adapters"
@@ -58,7 +58,7 @@ def main(
         config.write_text(yaml.safe_dump(_settings(data.resolve(), store_uri, server.endpoint_url, epochs, max_length)))
         published = _train(config.resolve(), out)
         report = _report(store_uri, server.endpoint_url, published["generation"])
-        told = {"users": published["users"], "train_rows": published["examples"], "seconds": published["seconds"]}
+        told = {"users": published["users"], "train_rows": published["examples"], "seconds": report["seconds"]}
         _print("cohort_a", {**report["test"], **told})
         with _serving(config, out) as client:
             _onboard(client, pq.read_table(data).to_pylist())

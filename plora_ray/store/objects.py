@@ -197,6 +197,15 @@ class ObjectStore:
         except ObjectNotFound:
             return
 
+    def delete_folder(self, folder: str, last: str = "") -> None:
+        """Delete everything below `folder`, whoever wrote it and whatever its name; the object `last` after all others."""
+        found = [item.path for item in self.list(folder)]
+        for path in sorted(found, key=lambda path: path == last):
+            try:
+                self._retried("delete", path, self._backend.delete, path)
+            except ObjectNotFound:
+                continue
+
     def probe(self) -> None:
         """Prove that this store can be written and honours conditions. Raises StoreError with the reason if not."""
         path = f"probe/{uuid.uuid4().hex}"
@@ -226,6 +235,10 @@ class ObjectStore:
         """`function(*arguments)` with retries, and with its errors put into the store's words."""
         if path and not _PATH.fullmatch(path):
             raise StoreError(f"{path!r} can't name an object: use letters, digits and ._- in parts that don't begin with a dot")
+        return self._retried(verb, path, function, *arguments)
+
+    def _retried(self, verb: str, path: str, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """As `_call`, for names that a listing gave: other libraries may have chosen them."""
         retrying = Retrying(
             retry=retry_if_exception(is_transient),
             stop=stop_after_attempt(MAX_ATTEMPTS),

@@ -94,9 +94,7 @@ class RunState:
 
     def delete(self) -> None:
         """Drop the whole folder; run.json last, so that a half-deleted run is still recognised."""
-        paths = [info.path for info in self._objects.list(self.folder)]
-        for path in sorted(paths, key=lambda path: path.endswith("/run.json")):
-            self._objects.delete(path)
+        self._objects.delete_folder(self.folder, last=f"{self.folder}/run.json")
 
     def _wave_path(self, wave: int) -> str:
         return f"{self.folder}/waves/{wave:05d}.safetensors"

@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 
+from cluster.s3_server import S3Server
 from plora_ray.config import load_settings
 from plora_ray.data.sources import list_units, read_unit
 from plora_ray.inference import InferenceEngine, load_generation
@@ -77,6 +78,19 @@ def test_the_job_publishes_an_adapter_for_every_user_and_its_last_line_says_so(t
     assert not store.objects.list("runs"), "users' tokens must not outlive the run"
     everything = b"".join(path.read_bytes() for path in Path(tiny_tree["store"]["uri"]).rglob("*") if path.is_file())
     assert b"user-000" not in everything, "the store must not hold raw user ids"
+
+
+def test_the_job_publishes_to_s3_and_leaves_nothing_of_the_run_behind(
+    tiny_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    with S3Server(tmp_path / "s3") as server:
+        tiny_tree["store"] = {"uri": server.create_bucket("plora") + "/adapters", "endpoint_url": server.endpoint_url}
+        result = train(write(tiny_tree, tmp_path))
+        store = AdapterStore.open(tiny_tree["store"]["uri"], {"endpoint_url": server.endpoint_url})
+        assert result["store"] == tiny_tree["store"]["uri"] and store.open_generation().users == 60
+        assert not store.objects.list("runs")
 
 
 def kill_after_waves(config: Path, store: Path, waves: int) -> None:
