@@ -9,10 +9,12 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.models.mt5 import MT5EncoderModel
@@ -22,24 +24,45 @@ from plora_ray.adapters.families import FAMILIES
 from plora_ray.errors import ModelError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _SEQ2SEQ_ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "mt5": MT5EncoderModel}
 
 
 def resolve_model(name: str) -> str:
-    """A directory or hub name that transformers can load, for a directory, an installed package or a hub name."""
+    """The local directory of a model named by a directory, an installed package or a hub name (which is downloaded once).
+
+    Raises ModelError if it is none of the three.
+    """
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return str(path.resolve())
     if path.is_dir():
         raise ModelError(f"model directory {name} holds no config.json: point model.name at a directory written by save_pretrained")
+    return _in_package(name) or _from_hub(name)
+
+
+def _in_package(name: str) -> str | None:
+    """The model directory inside the installed package of that name, if there is one."""
     module = name.replace("-", "_")
-    if module.isidentifier():
-        spec = importlib.util.find_spec(module)
-        for root in (spec.submodule_search_locations or []) if spec else []:
-            for candidate in (Path(root) / "model", Path(root)):
-                if (candidate / "config.json").is_file():
-                    return str(candidate)
-    return name
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        for candidate in (Path(root) / "model", Path(root)):
+            if (candidate / "config.json").is_file():
+                return str(candidate)
+    return None
+
+
+@lru_cache(maxsize=8)
+def _from_hub(name: str) -> str:
+    """The model's snapshot in the local Hugging Face cache, fetched if it isn't there; safetensors where there are any."""
+    try:
+        for patterns in (HUB_FILES, [*HUB_FILES, "*.bin"]):
+            location = Path(snapshot_download(name, allow_patterns=patterns))
+            if _weight_files(location):
+                return str(location)
+    except Exception as error:  # the hub client's errors have no common base
+        raise ModelError(_not_loadable(name, "files", error)) from error
+    raise ModelError(f"hub model '{name}' has no weight files ({' or '.join(WEIGHT_PATTERNS)})")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -75,28 +98,22 @@ def load_plm(name: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def weight_hash(name: str) -> str:
-    """SHA-256 (hex) over the weight files of a local model, in name order: adapters fit exactly these weights.
-
-    A hub model is found in the local cache it was loaded from.
-    """
+    """SHA-256 (hex) over the model's weight files, in name order: adapters fit exactly these weights."""
     location = Path(resolve_model(name))
-    if not location.is_dir():
-        from huggingface_hub import snapshot_download
+    files = _weight_files(location)
+    if not files:
+        raise ModelError(f"model directory {location} holds no weight files ({' or '.join(WEIGHT_PATTERNS)})")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
-        try:
-            location = Path(snapshot_download(name, local_files_only=True))
-        except (OSError, ValueError) as error:
-            raise ModelError(_not_loadable(name, "weights", error)) from error
-    for pattern in WEIGHT_PATTERNS:
-        files = sorted(location.glob(pattern))
-        if files:
-            digest = hashlib.sha256()
-            for file in files:
-                with file.open("rb") as stream:
-                    while chunk := stream.read(1 << 22):
-                        digest.update(chunk)
-            return digest.hexdigest()
-    raise ModelError(f"model directory {location} holds no weight files ({' or '.join(WEIGHT_PATTERNS)})")
+
+def _weight_files(location: Path) -> list[Path]:
+    """The weight files that transformers would load: safetensors if there are any."""
+    return next((found for pattern in WEIGHT_PATTERNS if (found := sorted(location.glob(pattern)))), [])
 
 
 def hidden_size(plm: nn.Module) -> int:
