@@ -18,7 +18,7 @@ def private_cluster_environment() -> dict[str, str]:
     """Environment of a cluster that only this command and its children may join: a fresh token, kept in memory."""
     if "RAY_AUTH_MODE" in os.environ:
         return {}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def ray_temp_dir() -> str | None:

@@ -47,10 +47,7 @@ class ShardedTrainer:
         gradient_clipping: float,
         batch_rows: int,
     ) -> None:
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
-
+        deepspeed = _import_deepspeed()
         self.sharded = sharding == "zero3"
         self.trained = trained
         self._learning_rate = learning_rate
@@ -142,6 +139,20 @@ class ShardedTrainer:
             passes = int(most)
         for index in range(passes):
             yield (items[index], True, passes) if index < len(items) else (idle, False, passes)
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, imported late: it is slow to import and fixes its accelerator at that moment."""
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if on_cpu:
+        # No compiled operators: its shared-memory all-reduce would be compiled at first use, which needs a compiler on every
+        # node, writes to the home directory, and reaches no rank on another machine.
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
