@@ -43,7 +43,7 @@ class CurrentGeneration(Generic[Built]):
         self._settings, self._build, self._retire, self._on_erased = settings, build, retire, on_erased
         self._store: AdapterStore | None = None
         self._serving: tuple[LoadedGeneration, Built] | None = None
-        self._erased: set[bytes] = set()
+        self._erased: dict[bytes, str] = {}
         self._changing = threading.Lock()
         self._stop = threading.Event()
         self._complaint = ""
@@ -108,7 +108,9 @@ class CurrentGeneration(Generic[Built]):
             return
         loaded, built = self._serving
         loaded.reader.refresh_tombstones()
-        known = set(self.store.tombstones())
-        if new := known - self._erased:
+        known = self.store.tombstones()
+        # By version: a user who was erased, came back and was erased again is newly erased.
+        new = {key for key, version in known.items() if self._erased.get(key) != version}
+        if new:
             self._erased = known
             self._on_erased(built, new)

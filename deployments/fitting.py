@@ -25,12 +25,12 @@ class FitRequest:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The stored adapter and its losses, or why there is none."""
+    """The stored adapter and its losses, or the error that kept it from being stored."""
 
     adapter: UserAdapter | None
     loss_before: float = 0.0
     loss_after: float = 0.0
-    error: str | None = None
+    error: PloraError | None = None
 
 
 class FittingService:
@@ -46,7 +46,7 @@ class FittingService:
         # Drawn before the fit: an erasure that arrives while it runs is newer and wins.
         erased = loaded.store.tombstones()
         versions = [new_version(after=erased.get(request.key)) for request in requests]
-        trained = loaded.reader.get_many([request.key for request in requests])
+        trained = loaded.reader.get_many([request.key for request in requests if request.key not in erased])
         examples = [
             Examples(request.texts, request.labels, trained[request.key].record if request.key in trained else None) for request in requests
         ]
@@ -68,5 +68,5 @@ class FittingService:
         try:
             loaded.store.put_fresh(adapter)
         except PloraError as error:
-            return FitResult(None, error=str(error))
+            return FitResult(None, error=error)
         return FitResult(adapter, fit.loss_before, fit.loss_after)

@@ -27,7 +27,8 @@ def serve_until_interrupted(settings: Settings, port: int) -> None:
 
     Raises ConfigError if the port is taken, NotReady if no replica gets ready.
     """
-    _check_port(settings.serving.host, port)
+    host = "0.0.0.0" if settings.serving.proxy == "haproxy" else settings.serving.host
+    _check_port(host, port)
     stop = threading.Event()
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_READY_WITHIN_S))
     # Ray and Serve read these when they are imported, so both are imported after it.
@@ -52,7 +53,7 @@ def serve_until_interrupted(settings: Settings, port: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs handlers of its own
         signal.signal(number, lambda *_: stop.set())
     try:
-        _deploy(settings, port, stop)
+        _deploy(settings, host, port, stop)
         if not stop.is_set():
             _announce(settings, port)
             stop.wait()
@@ -62,14 +63,13 @@ def serve_until_interrupted(settings: Settings, port: int) -> None:
         ray.shutdown()
 
 
-def _deploy(settings: Settings, port: int, stop: threading.Event) -> None:
+def _deploy(settings: Settings, host: str, port: int, stop: threading.Event) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
     from deployments.app import build
 
     print("starting the replicas ...", flush=True)
-    host = "0.0.0.0" if settings.serving.proxy == "haproxy" else settings.serving.host
     serve.start(http_options=HTTPOptions(host=host, port=port))
     # Checked before deploying, so that a wrong key is one line here and not a replica that never starts.
     application = build({"settings": settings.model_dump(mode="json")})
@@ -77,21 +77,26 @@ def _deploy(settings: Settings, port: int, stop: threading.Event) -> None:
 
     Authenticator(settings.serving.auth)
     serve.run(application, name="plora", route_prefix="/")
-    _wait_until_ready(port, stop)
+    _wait_until_ready(_reachable(host), port, stop)
 
 
-def _wait_until_ready(port: int, stop: threading.Event) -> None:
+def _wait_until_ready(host: str, port: int, stop: threading.Event) -> None:
     from plora_ray.client import Client
 
-    with Client(f"http://127.0.0.1:{port}", timeout_s=5) as client:
+    with Client(f"http://{host}:{port}", timeout_s=5) as client:
         for _ in range(int(READY_WITHIN_S / READY_POLL_S)):
             if client.ready() or stop.wait(READY_POLL_S):
                 return
     raise NotReady(f"no replica got ready within {READY_WITHIN_S:.0f} s: is a generation published in the store (plora generations list)?")
 
 
+def _reachable(host: str) -> str:
+    """Where a server that listens on `host` can be reached from here."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+
+
 def _announce(settings: Settings, port: int) -> None:
-    print(f"ready: http://127.0.0.1:{port}  (interface: /docs, stop: Ctrl-C)", flush=True)
+    print(f"ready: http://{_reachable(settings.serving.host)}:{port}  (interface: /docs, stop: Ctrl-C)", flush=True)
     if settings.serving.auth.algorithm is None:
         print("AUTHENTICATION IS OFF: whoever reaches this port may read, adapt and erase every user (serving.auth.algorithm)", flush=True)
     if settings.serving.proxy == "haproxy":

@@ -72,7 +72,7 @@ class PredictionService:
         canonical = [self._label(loaded, place, label) for place, label in enumerate(labels)]
         result = await self._fit(FitRequest(loaded.store.key(user_id), list(texts), canonical))
         if result.error is not None:
-            raise DataError(result.error)
+            raise result.error
         assert result.adapter is not None
         engine.admit(result.adapter)
         return Adapted(

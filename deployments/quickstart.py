@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from plora_ray.client import Client
@@ -142,7 +143,7 @@ def _tell_same_text(client: Client, params: SyntheticParams) -> None:
 def _tell_new_users(client: Client, params: SyntheticParams) -> None:
     right_before = right_after = asked = 0
     seconds = []
-    for index in range(NEW_USERS):
+    for index in track(range(NEW_USERS), description="onboarding", console=console, transient=True):
         rows = new_user(params, index)
         name = rows[0].user_id
         examples = [(row.text, row.label) for row in rows if row.split != "test"][:EXAMPLES]

@@ -16,7 +16,7 @@ from plora_ray.errors import PloraError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A model of its own for every user.")
 users_app = typer.Typer(no_args_is_help=True, help="Look at, erase and export single users.")
-generations_app = typer.Typer(no_args_is_help=True, help="List, show and activate generations of adapters.")
+generations_app = typer.Typer(no_args_is_help=True, help="List, show, activate and clean up generations of adapters.")
 app.add_typer(users_app, name="users")
 app.add_typer(generations_app, name="generations")
 

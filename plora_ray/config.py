@@ -1,6 +1,6 @@
 """One validated tree of settings. Unknown keys are errors that name the nearest valid key; nothing is read elsewhere.
 
-Secrets never stand here: S3 credentials, the store's key and token keys come from the environment or from files.
+Secrets don't belong here: S3 credentials, the store's key and token keys come from the environment or from files.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class TrainingSettings(_Section):
 
 
 class StoreSettings(_Section):
-    """Where adapters live: file:///path, a path, s3://bucket/prefix or any other fsspec URL. endpoint_url and region: S3 only."""
+    """Where adapters live: a path, file:///path, s3://bucket/prefix, or memory://name for tests. endpoint_url and region: S3 only."""
 
     uri: str = "var/store"
     endpoint_url: str | None = None
@@ -96,7 +96,7 @@ class StoreSettings(_Section):
 
     def storage_options(self) -> dict[str, Any]:
         """What fsspec's file system is opened with; S3 credentials come from the environment."""
-        if not self.uri.startswith(("s3://", "s3a://")):
+        if not self.uri.startswith("s3://"):
             return {}
         client = {"region_name": self.region} if self.region else {}
         options: dict[str, Any] = {"client_kwargs": client} if client else {}

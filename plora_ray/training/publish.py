@@ -65,8 +65,8 @@ def publish(
             },
             partition={"partitions": assignment.settings.training.partitions, "waves": len(assignment.waves)},
         )  # fmt: skip
-    elif store.current() is None:
-        store.activate(assignment.generation)
+    elif (current := store.manifest(store.current() or manifest.generation)) is None or current.created_at <= manifest.created_at:
+        store.activate(assignment.generation)  # stopped between the two; but never take over from a newer generation
     run.delete()
     return Published(
         generation=manifest.generation,

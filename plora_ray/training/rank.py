@@ -76,7 +76,7 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
     finished: list[set[int]] = [set(writer.finished_waves()) if rank == 0 else set()]
     dist.broadcast_object_list(finished, src=0)
     mine = set(owned_partitions(settings.training.partitions, rank, ranks))
-    stage = UserStage(passes, rows, prior, settings.task, writer, run, observer.on_wave)
+    stage = UserStage(passes, rows, prior, settings.task, writer, run, observer.on_wave, lambda: store.tombstones().keys())
     stage.fit_waves([wave for wave in assignment.waves if wave.partition in mine], finished[0], _in_step(trainer))
     dist.barrier()
 

@@ -56,11 +56,12 @@ class RankRows:
         raw_labels = [label for table in tables for label in table.labels.tolist()]
         self.labels = labels.encode(raw_labels)
         self._split = np.concatenate([np.empty(0, np.int8), *(table.split for table in tables)])
-        self.erased = np.fromiter((key.tobytes() in erased for key in self.keys), bool, count=len(self.keys))
+        self.erased = np.zeros(len(self.keys), bool)
+        self.mark_erased(erased)
 
-    @cached_property
-    def _usable(self) -> np.ndarray:
-        return ~self.erased[self.row_users]
+    def mark_erased(self, keys: Set[bytes]) -> None:
+        """Users erased since: from now on none of their rows is in any split."""
+        self.erased |= np.fromiter((key.tobytes() in keys for key in self.keys), bool, count=len(self.keys))
 
     @cached_property
     def _trainable(self) -> np.ndarray:
@@ -71,11 +72,11 @@ class RankRows:
     def of_split(self, split: SplitName, users: np.ndarray | None = None) -> np.ndarray:
         """Indices of the rows in a split, of all users or of `users` (ascending)."""
         if users is None:
-            return np.flatnonzero((self._split == SPLIT_CODES[split]) & self._usable)
+            return np.flatnonzero((self._split == SPLIT_CODES[split]) & ~self.erased[self.row_users])
         if not len(users):
             return np.empty(0, np.int64)
         low, high = np.searchsorted(self.row_users, [users[0], users[-1] + 1])
-        chosen = (self._split[low:high] == SPLIT_CODES[split]) & self._usable[low:high]
+        chosen = (self._split[low:high] == SPLIT_CODES[split]) & ~self.erased[self.row_users[low:high]]
         rows = low + np.flatnonzero(chosen)
         return rows[np.isin(self.row_users[rows], users)]
 

@@ -5,8 +5,8 @@ A finished wave is a segment in the store and is never trained again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Set
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from plora_ray.training.waves import Wave
 PRIOR_SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 CALIBRATION_ROWS = 1024  # training rows of the users on whose validation rows the prior's scale is chosen
 
+Tombstones = Callable[[], Set[bytes]]
 WaveReport = Callable[[int, int], None]  # users done in this wave, wave index
 
 
@@ -64,7 +65,10 @@ def _mean_loss(logits: Tensor, labels: Tensor, task: Task) -> float:
 
 @dataclass
 class UserStage:
-    """One rank's part: fits the waves of its partitions that `finished` doesn't name and writes each as a segment."""
+    """One rank's part: fits the waves of its partitions that `finished` doesn't name and writes each as a segment.
+
+    tombstones: asks the store for the keys of all users erased so far.
+    """
 
     passes: FrozenPasses
     rows: RankRows
@@ -73,6 +77,8 @@ class UserStage:
     writer: GenerationWriter
     run: RunState
     on_wave: WaveReport
+    tombstones: Tombstones
+    _known_tombstones: set[bytes] = field(default_factory=set)
 
     def fit_waves(self, waves: list[Wave], finished: Collection[int], in_step: Callable[[list[Wave | None]], list[Wave | None]]) -> None:
         """Fit what is left. in_step: pads the list of waves with None until all ranks have as many (when sharded)."""
@@ -81,6 +87,9 @@ class UserStage:
             self._fit(wave)
 
     def _fit(self, wave: Wave | None) -> None:
+        if new := self.tombstones() - self._known_tombstones:  # a job runs for hours; whoever left meanwhile is left out from here on
+            self._known_tombstones |= new
+            self.rows.mark_erased(new)
         users = self._users(wave)
         train, held_out = self.rows.of_split("train", users), self.rows.of_split("test", users)
         linear, texts = self.passes.linearise(train, self.prior.mean)

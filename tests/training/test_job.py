@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -100,8 +100,12 @@ def kill_after_waves(config: Path, store: Path, waves: int) -> None:
     while len(segments(store)) < waves:
         assert process.poll() is None and time.monotonic() < deadline, "the job ended or stalled too early"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]  # Ray's have groups of their own
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.communicate()
+    psutil.wait_procs(family, timeout=30)
 
 
 def test_a_killed_job_started_again_trains_no_finished_wave_twice_skips_nobody_and_brings_no_erased_user_back(
@@ -142,8 +146,8 @@ def test_the_gain_is_there_with_the_true_users_and_vanishes_with_shuffled_ones(t
         result = train(write(tree, tmp_path))
         store = AdapterStore.open(tree["store"]["uri"])
         gains[name] = json.loads(store.objects.read(f"generations/{result['generation']}/report.json"))["test"]["nll_gain"]
-    assert gains["true"]["low"] > 0.2
-    assert gains["shuffled"]["high"] < 0.1
+    assert gains["true"]["low"] > 0.1
+    assert gains["shuffled"]["high"] < 0.05
 
 
 def test_sharded_and_replicated_training_give_the_same_model(tiny_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
