@@ -46,7 +46,7 @@ class CurrentGeneration(Generic[Built]):
         self._erased: dict[bytes, str] = {}
         self._changing = threading.Lock()
         self._stop = threading.Event()
-        self._complaint = ""
+        self._complaints: dict[str, str] = {}
         self.follow()
         self._thread = threading.Thread(target=self._watch, name="generation-watch", daemon=True)
         self._thread.start()
@@ -72,16 +72,19 @@ class CurrentGeneration(Generic[Built]):
         return serving
 
     def follow(self) -> None:
-        """Look at the store once: take up a new current generation and new erasures. Failures are logged, what serves stays."""
+        """Look at the store once: new erasures first, then a new current generation. Failures are logged, what serves stays."""
+        self._attempt(self.learn_erasures)
         with self._changing:
-            try:
-                self._take_up(self.store.current())
-                self._learn_erasures()
-                self._complaint = ""
-            except PloraError as error:
-                if str(error) != self._complaint:
-                    self._complaint = str(error)
-                    log.warning("still on %s: %s", self._serving[0].name if self._serving else "no generation", error)
+            self._attempt(self._take_up)
+
+    def learn_erasures(self) -> None:
+        """Forget users erased since the last look. Raises StoreError. Never waits for a generation that is being loaded."""
+        known = self.store.tombstones()
+        # By version: a user who was erased, came back and was erased again is newly erased.
+        new = {key for key, version in known.items() if self._erased.get(key) != version}
+        if new and self._serving is not None:
+            self._on_erased(self._serving[1], new)
+        self._erased = known
 
     def close(self) -> None:
         """Stop following and retire what serves."""
@@ -93,7 +96,19 @@ class CurrentGeneration(Generic[Built]):
         while not self._stop.wait(self._settings.serving.refresh_s):
             self.follow()
 
-    def _take_up(self, current: str | None) -> None:
+    def _attempt(self, step: Callable[[], None]) -> None:
+        """Run a step; whatever goes wrong, this process must go on following. Each complaint is logged once."""
+        try:
+            step()
+            self._complaints.pop(step.__name__, None)
+        except Exception as error:
+            if self._complaints.get(step.__name__) != str(error):
+                self._complaints[step.__name__] = str(error)
+                serving = self._serving[0].name if self._serving else "no generation"
+                log.warning("still on %s: %s", serving, error, exc_info=None if isinstance(error, PloraError) else error)
+
+    def _take_up(self) -> None:
+        current = self.store.current()
         if current is None or (self._serving is not None and self._serving[0].name == current):
             return
         loaded = load_generation(self.store, current, dtype=DTYPES[self._settings.serving.dtype])
@@ -102,15 +117,3 @@ class CurrentGeneration(Generic[Built]):
         log.info("generation %s serves", current)
         if old is not None:
             self._retire(old[1])
-
-    def _learn_erasures(self) -> None:
-        if self._serving is None:
-            return
-        loaded, built = self._serving
-        loaded.reader.refresh_tombstones()
-        known = self.store.tombstones()
-        # By version: a user who was erased, came back and was erased again is newly erased.
-        new = {key for key, version in known.items() if self._erased.get(key) != version}
-        if new:
-            self._erased = known
-            self._on_erased(built, new)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.engines import CurrentGeneration
@@ -43,15 +43,15 @@ class FittingService:
     def fit(self, requests: Sequence[FitRequest]) -> list[FitResult]:
         """Fit all users together and store each adapter. One user's failure is that user's alone. Blocks."""
         loaded, fitter = self._current.get()
-        # Drawn before the fit: an erasure that arrives while it runs is newer and wins.
+        # Before the fit: an erasure that arrives while it runs must win.
         erased = loaded.store.tombstones()
-        versions = [new_version(after=erased.get(request.key)) for request in requests]
-        trained = loaded.reader.get_many([request.key for request in requests if request.key not in erased])
-        examples = [
-            Examples(request.texts, request.labels, trained[request.key].record if request.key in trained else None) for request in requests
-        ]
-        fits = fitter.fit_many(examples)
-        return [self._store(loaded, request, version, fit) for request, version, fit in zip(requests, versions, fits, strict=True)]
+        try:
+            fits = self._fit(loaded, fitter, requests, erased)
+        except PloraError as error:
+            if len(requests) == 1:
+                return [FitResult(None, error=error)]
+            return [result for request in requests for result in self.fit([request])]
+        return [self._store(loaded, request, erased.get(request.key), fit) for request, fit in zip(requests, fits, strict=True)]
 
     def close(self) -> None:
         """Stop following the store."""
@@ -60,13 +60,26 @@ class FittingService:
     def _build(self, loaded: LoadedGeneration) -> FewShotFitter:
         return FewShotFitter(loaded, batch_tokens=self._settings.serving.batch_tokens, batch_rows=self._settings.serving.batch_rows)
 
-    def _store(self, loaded: LoadedGeneration, request: FitRequest, version: str, fit: Fit) -> FitResult:
+    def _fit(
+        self, loaded: LoadedGeneration, fitter: FewShotFitter, requests: Sequence[FitRequest], erased: Mapping[bytes, str]
+    ) -> list[Fit]:
+        trained = loaded.reader.get_many([request.key for request in requests if request.key not in erased])
+        starts = [trained[request.key].record if request.key in trained else None for request in requests]
+        return fitter.fit_many([Examples(request.texts, request.labels, start) for request, start in zip(requests, starts, strict=True)])
+
+    def _store(self, loaded: LoadedGeneration, request: FitRequest, erased: str | None, fit: Fit) -> FitResult:
         adapter = UserAdapter(
-            key=request.key, record=fit.vector, examples=len(request.texts), generation=loaded.name, version=version, updated_at=now_iso(),
-            source="fresh", basis=loaded.reader.basis,
-        )  # fmt: skip
+            key=request.key,
+            record=fit.vector,
+            examples=len(request.texts),
+            generation=loaded.name,
+            version=new_version(after=erased),
+            updated_at=now_iso(),
+            source="fresh",
+            basis=loaded.reader.basis,
+        )
         try:
-            loaded.store.put_fresh(adapter)
+            loaded.store.put_fresh(adapter, known_erasure=erased or "")
         except PloraError as error:
             return FitResult(None, error=error)
         return FitResult(adapter, fit.loss_before, fit.loss_after)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from deployments.engines import CurrentGeneration
@@ -18,6 +19,7 @@ from plora_ray.inference.batcher import EngineClosed
 from plora_ray.store import UserAdapter
 from plora_ray.store.adapter_store import GenerationInfo
 
+SUBMIT_THREADS = 64
 Fit = Callable[[FitRequest], Awaitable[FitResult]]
 
 
@@ -39,6 +41,8 @@ class PredictionService:
     def __init__(self, settings: Settings, fit: Fit) -> None:
         self.settings = settings
         self._fit = fit
+        # A pool of their own: requests that wait for a slow store mustn't keep erasures and listings from running.
+        self._threads = ThreadPoolExecutor(SUBMIT_THREADS, thread_name_prefix="submit")
         self._current: CurrentGeneration[InferenceEngine] = CurrentGeneration(
             settings, self._build, retire=lambda engine: engine.close(), on_erased=lambda engine, erased: engine.cache.evict(erased)
         )
@@ -59,7 +63,7 @@ class PredictionService:
             while True:
                 _, engine = self._current.get()
                 try:
-                    pending = await asyncio.to_thread(engine.submit, rows, at_least)
+                    pending = await asyncio.get_running_loop().run_in_executor(self._threads, engine.submit, rows, at_least)
                 except EngineClosed:
                     continue  # swapped in between: the new one answers
                 logits = await asyncio.gather(*(asyncio.wrap_future(future) for future in pending.logits))
@@ -87,9 +91,11 @@ class PredictionService:
 
     async def erase(self, user_id: str) -> None:
         """Erase the user from the store and this replica; other replicas learn of it within serving.refresh_s."""
-        loaded = self.loaded
-        await asyncio.to_thread(lambda: loaded.store.erase(loaded.store.key(user_id)))
-        await asyncio.to_thread(self._current.follow)
+        loaded, engine = self._current.get()
+        key = loaded.store.key(user_id)
+        await asyncio.to_thread(loaded.store.erase, key)
+        engine.cache.evict([key])
+        await asyncio.to_thread(self._current.learn_erasures)
 
     async def generations(self) -> list[GenerationInfo]:
         """Published generations, oldest first."""
@@ -103,10 +109,13 @@ class PredictionService:
             raise Problem(404, "there is no generation of this id: GET /v1/generations lists them")
         await asyncio.to_thread(store.activate, generation)
         await asyncio.to_thread(self._current.follow)
+        if self.loaded.name != generation:
+            raise Problem(503, "this generation is current now, but this replica can't load it: see its log, or activate another")
 
     def close(self) -> None:
         """Answer what is queued, then stop."""
         self._current.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _build(self, loaded: LoadedGeneration) -> InferenceEngine:
         serving = self.settings.serving

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from plora_ray.errors import DataError, InvalidUserId, PloraError, StoreError
+from plora_ray.errors import DataError, ErasedDuringFit, InvalidUserId, PloraError, StoreError
 from plora_ray.inference.batcher import QueueFull
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ def to_problem(error: Exception) -> Problem:
             return Problem(422, str(error), fields=[("user_id", str(error))])
         case DataError():
             return Problem(422, str(error))
+        case ErasedDuringFit():  # 409, not 503: a client that tried again by itself would bring an erased user back
+            return Problem(409, "this user was erased while the adapter was being fitted; nothing was stored")
         case StoreError():
             return Problem(503, "the adapter store can't be reached just now: try again")
         case TimeoutError():

@@ -31,5 +31,9 @@ class CorruptObjectError(StoreError):
     """An object in the store doesn't match its digest or its declared layout."""
 
 
+class ErasedDuringFit(StoreError):
+    """A user left while his adapter was being fitted; the adapter was not stored."""
+
+
 class InvalidUserId(PloraError):
     """A user id is empty, too long or not text."""

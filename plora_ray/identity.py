@@ -29,6 +29,8 @@ def validate_user_id(user_id: object) -> str:
         raise InvalidUserId("user_id is not valid Unicode (lone surrogate)") from error
     if len(encoded) > MAX_USER_ID_BYTES:
         raise InvalidUserId(f"user_id has {len(encoded)} bytes of UTF-8; at most {MAX_USER_ID_BYTES} are allowed")
+    if user_id in (".", ".."):
+        raise InvalidUserId(f"user_id {user_id!r} can't be part of a URL: choose another")
     if any(ord(char) < 32 or ord(char) == 127 for char in user_id):
         raise InvalidUserId("user_id contains control characters")
     return user_id

@@ -68,11 +68,12 @@ class PopulationObjective(nn.Module):
         logits = self.model.classify(representation)
         mass = weights.sum().clamp(min=1.0)
         loss = (task_losses(logits, labels, self.model.spec.task) * weights).sum() / mass
+        counts = float(weights.sum() > 0)  # a pass that only keeps ranks in step teaches nothing
         if wanted and information.layer_term:
             layer_mse = torch.stack([effect.float().square().mean() for effect in effects.values()]).mean()
-            loss = loss + information.weight * layer_mse
+            loss = loss + counts * information.weight * layer_mse
         if wanted and information.logit_term and self.model.spec.task == "classification":
-            loss = loss + information.weight * self._divergence(input_ids, attention_mask, logits)
+            loss = loss + counts * information.weight * self._divergence(input_ids, attention_mask, logits)
         return loss
 
     def _drop_users(self, vectors: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cachetools import LRUCache
 
 from plora_ray.errors import CorruptObjectError, StoreError
+from plora_ray.inference.batcher import EngineClosed
 from plora_ray.store import UserAdapter
 
 Pull = Callable[[bytes], UserAdapter | None]
@@ -56,13 +57,18 @@ class AdapterCache:
         """An entry for every key; what isn't in memory is pulled, all at once.
 
         at_least: a version token; entries that haven't been compared with the store since it was drawn are read again.
+        Raises EngineClosed after `close`.
         """
         waiting = {key: self._entry_or_load(key, at_least) for key in dict.fromkeys(keys)}
-        return {key: found.result() if isinstance(found, Future) else found for key, found in waiting.items()}
+        try:
+            return {key: found.result() if isinstance(found, Future) else found for key, found in waiting.items()}
+        except CancelledError:
+            raise EngineClosed("this engine was replaced") from None
 
     def put(self, adapter: UserAdapter) -> None:
         """Take in an adapter that was just fitted, unless a newer one is here."""
         with self._lock:
+            self._loading.pop(adapter.key, None)  # what is being read may be older
             standing = self._entries.get(adapter.key)
             if standing is None or standing.adapter is None or standing.adapter.version < adapter.version:
                 self._keep(adapter.key, Entry(adapter, time.monotonic(), confirmed=adapter.version))
@@ -86,7 +92,10 @@ class AdapterCache:
             loading = self._loading.get(key)
             if loading is not None and not at_least:
                 return loading
-            loading = self._loading[key] = self._threads.submit(self._load, key, at_least)
+            try:
+                loading = self._loading[key] = self._threads.submit(self._load, key, at_least)
+            except RuntimeError:  # the pool is shut down
+                raise EngineClosed("this engine was replaced") from None
         # Outside the lock: a load that is done already calls back at once, and the call takes the lock.
         loading.add_done_callback(lambda done: self._loaded(key, done))
         return loading

@@ -109,8 +109,11 @@ class InferenceEngine:
 
     def admit(self, adapter: UserAdapter) -> None:
         """Serve a freshly fitted adapter from now on, if it belongs to this generation's shared parameters."""
-        if adapter.basis == self.loaded.reader.basis:
-            self.cache.put(adapter)
+        if adapter.basis != self.loaded.reader.basis:
+            return
+        self.cache.put(adapter)
+        if (erased := self.loaded.reader.erased_version(adapter.key)) is not None and erased >= adapter.version:
+            self.cache.evict([adapter.key])  # erased between the fit and now
 
     def close(self) -> None:
         """Answer what is queued, then stop."""

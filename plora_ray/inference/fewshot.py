@@ -64,7 +64,7 @@ class FewShotFitter:
         prior = (
             loaded.prior
             if start is None
-            else UserPrior(torch.from_numpy(start).double(), loaded.prior.precision, loaded.prior.noise_variance)
+            else UserPrior(torch.tensor(start, dtype=torch.float64), loaded.prior.precision, loaded.prior.noise_variance)
         )
         linear = self._linearise(ids, prior.mean)
         fitted = solve_users(linear, torch.arange(len(ids)), labels, owner, len(users), prior, task).vectors

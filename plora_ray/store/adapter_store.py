@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from plora_ray.errors import CorruptObjectError, StoreError
+from plora_ray.errors import CorruptObjectError, ErasedDuringFit, StoreError
 from plora_ray.identity import user_key, validate_user_id
 from plora_ray.store import names
 from plora_ray.store.adapters import (
@@ -59,6 +59,7 @@ class AdapterStore:
     ) -> None:
         self.objects = ObjectStore(uri, storage_options)
         self.store_id, self._secret = open_identity(self.objects, secret, create)
+        self._tombstones = Tombstones(self.objects)  # one for the store and all its readers
 
     @classmethod
     def open(
@@ -134,17 +135,19 @@ class AdapterStore:
         wanted = generation if generation is not None else self.current()
         if wanted is None:
             raise StoreError(f"{self.uri} has no generation yet: run train-all first")
-        tombstones = Tombstones(self.objects)
-        tombstones.refresh()
-        return GenerationReader(self.objects, self._published(wanted), tombstones)
+        self._tombstones.refresh()
+        return GenerationReader(self.objects, self._published(wanted), self._tombstones)
 
     # Users
 
-    def put_fresh(self, adapter: UserAdapter) -> None:
+    def put_fresh(self, adapter: UserAdapter, *, known_erasure: str | None = None) -> None:
         """Store a user's newly fitted adapter; once this returns, it or a newer one is what `get_fresh` gives.
 
-        Raises StoreError, with nothing written, if the adapter isn't finite or well-formed, or if the user was erased after
-        `adapter.version` was drawn (a fit that was running when the user left mustn't bring the user back).
+        known_erasure: version of the user's last erasure that was known when the fit began, "" for none. With it, any other
+        erasure since is noticed whatever the clocks of the machines say; without it, versions are compared.
+
+        Raises StoreError, with nothing written, if the adapter isn't finite or well-formed; ErasedDuringFit if the user was
+        erased after the fit began (a fit that was running when the user left mustn't bring the user back).
         """
         check_adapter(adapter)
         path = names.fresh(adapter.key)
@@ -153,8 +156,9 @@ class AdapterStore:
         def newest(data: bytes | None) -> bytes | None:
             standing = self._decode_or_none(adapter.key, data)
             erased_version = _latest(erased, standing.erased_version if standing else None)
-            if erased_version is not None and adapter.version <= erased_version:
-                raise StoreError(f"{self.objects.uri_of(path)}: the user was erased after this fit began; nothing was written")
+            unexpected = known_erasure is not None and (erased_version or "") != known_erasure
+            if unexpected or (erased_version is not None and adapter.version <= erased_version):
+                raise ErasedDuringFit(f"{self.objects.uri_of(path)}: the user was erased after this fit began; nothing was written")
             if standing and standing.adapter and standing.adapter.version >= adapter.version:
                 return None
             return encode_fresh(adapter, erased_version)
@@ -224,10 +228,9 @@ class AdapterStore:
         return version
 
     def tombstones(self) -> dict[bytes, str]:
-        """Every erased user's key, with the version of the erasure."""
-        tombstones = Tombstones(self.objects)
-        tombstones.refresh()
-        return tombstones.as_dict()
+        """Every erased user's key, with the version of the erasure. Reads only what is new since the last call."""
+        self._tombstones.refresh()
+        return self._tombstones.as_dict()
 
     def is_erased(self, key: bytes) -> bool:
         """Whether the user was erased and has no adapter fitted since."""

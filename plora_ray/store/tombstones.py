@@ -5,6 +5,8 @@ A record of a segment is never served to an erased user's key again; an adapter 
 
 from __future__ import annotations
 
+import threading
+
 from plora_ray.store import names
 from plora_ray.store.manifest import Tombstone, load_json
 from plora_ray.store.objects import ObjectStore
@@ -17,9 +19,17 @@ class Tombstones:
         self._objects = objects
         self._tags: dict[str, str] = {}
         self._versions: dict[bytes, str] = {}
+        self._refreshing = threading.Lock()  # an older listing mustn't replace a newer one
+
+    def __reduce__(self) -> tuple[type[Tombstones], tuple[ObjectStore]]:
+        return Tombstones, (self._objects,)
 
     def refresh(self) -> None:
         """List the folder and read the tombstones that are new or replaced. Raises StoreError."""
+        with self._refreshing:
+            self._refresh()
+
+    def _refresh(self) -> None:
         listed = {item.path: item.tag for item in self._objects.list(names.ERASED) if names.erased_key(item.path) is not None}
         changed = [path for path, tag in listed.items() if self._tags.get(path) != tag]
         versions = dict(self._versions)

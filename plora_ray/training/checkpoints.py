@@ -65,7 +65,7 @@ class PopulationCheckpoints:
         trainer.load_moments(shared, step)
         for partition, span in rows.partition_users.items():
             table.load_state(span.start, load(self._objects.read(f"{folder}/users-{partition:05d}.safetensors")))
-        torch.manual_seed(epoch)
+        torch.manual_seed(epoch * 65_537 + self._rank + 1)
         return epoch, step
 
     def _epoch_folder(self, epoch: int) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -17,7 +18,7 @@ from plora_ray.config import Settings, parse_settings
 from plora_ray.data.partition import partition_rows, read_partition
 from plora_ray.data.sources import fingerprint, list_units
 from plora_ray.data.stats import PartitionStats, label_space
-from plora_ray.errors import PloraError
+from plora_ray.errors import ConfigError, PloraError
 from plora_ray.store import AdapterStore
 from plora_ray.training.progress import ProgressLine, Snapshot
 from plora_ray.training.publish import Published, publish
@@ -183,7 +184,7 @@ def _fit(prepared: _Prepared, line: ProgressLine) -> None:
             "board": board,
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
             name="train-all", storage_path=path, storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.training.max_failures),
@@ -203,7 +204,9 @@ def _scale(settings: Settings) -> tuple[int, bool]:
     """(workers, whether each takes a GPU), with `auto` resolved against the cluster's resources."""
     training, resources = settings.training, ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
-    use_gpu = gpus > 0 if training.use_gpu == "auto" else training.use_gpu
+    use_gpu = gpus > 0 and torch.version.cuda is not None if training.use_gpu == "auto" else training.use_gpu
+    if use_gpu and torch.version.cuda is None:
+        raise ConfigError("training.use_gpu is true, but the installed torch is a CPU build: install a CUDA build or set it to false")
     if training.num_workers != "auto":
         return training.num_workers, use_gpu
     available = gpus if use_gpu else min(2, int(resources.get("CPU", 1)))

@@ -59,6 +59,20 @@ def new_generation_id() -> str:
     return f"g-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
+def delete_abandoned_runs(objects: ObjectStore, *, grace_s: float, dry_run: bool = False) -> list[str]:
+    """Delete the folders of runs that were begun longer than `grace_s` ago and never published; returns their names."""
+    abandoned = []
+    for name in objects.folders(RUNS):
+        path = f"{RUNS}/{name}/run.json"
+        data = objects.read_many([path]).get(path)
+        if data is None or time.time() - json.loads(data)["begun_at"] < grace_s:
+            continue
+        abandoned.append(name)
+        if not dry_run:
+            RunState(objects, name).delete()
+    return abandoned
+
+
 class RunState:
     """The run's folder. Every object in it is written whole."""
 
@@ -68,7 +82,7 @@ class RunState:
 
     def begin(self) -> tuple[str, bool]:
         """(generation id this run makes, whether the run was begun before). The id is fixed by whoever comes first."""
-        mine = json.dumps({"generation": new_generation_id()}).encode()
+        mine = json.dumps({"generation": new_generation_id(), "begun_at": time.time()}).encode()
         standing = self._objects.update(f"{self.folder}/run.json", lambda data: None if data else mine) or mine
         return json.loads(standing)["generation"], standing != mine
 

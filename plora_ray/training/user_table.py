@@ -27,8 +27,12 @@ class UserTable:
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
 
     def gather(self, users: Tensor, device: torch.device | None = None) -> Tensor:
-        """Leaf tensor [batch, d] of the users' vectors, requiring gradients: the input of a forward pass."""
-        return self.vectors[users].to(device or self.vectors.device).requires_grad_(True)
+        """Leaf tensor [batch, d] of the users' vectors, requiring gradients: the input of a forward pass.
+
+        A rank without users, which only keeps others in step, gets zeros.
+        """
+        vectors = self.vectors[users] if len(self.vectors) else torch.zeros(len(users), self.vectors.shape[1])
+        return vectors.to(device or self.vectors.device).requires_grad_(True)
 
     def step(self, users: Tensor, gradient: Tensor) -> None:
         """One Adam step (Kingma & Ba 2015) of the rows that `users` [batch] names. gradient: [batch, d] of the gathered leaf."""

@@ -163,3 +163,13 @@ def test_rows_of_weight_zero_change_nothing() -> None:
     some = objective(ids, mask, users(5), labels, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]))
     only = objective(ids[:2], mask[:2], users(5)[:2], labels[:2], torch.ones(2))
     assert torch.allclose(some, only, atol=1e-6)
+
+
+def test_an_idle_pass_teaches_nothing_also_with_mutual_information() -> None:
+    model = trained("bert")
+    objective = PopulationObjective(model, user_dropout=0.0, mutual_information=MutualInformation(weight=0.5)).train()
+    ids, mask = batch()
+    loss = objective(ids, mask, users(5), torch.tensor([0, 1, 2, 0, 1]), torch.zeros(5))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.shared_parameters().values())

@@ -266,3 +266,34 @@ def test_a_failing_pass_fails_its_callers_only() -> None:
         batcher.submit([([1], None)])[0].result(5)
     assert batcher.submit([([1], None)])[0].result(5).item() == 7.0
     batcher.close()
+
+
+def test_a_pull_that_was_running_when_an_adapter_was_put_never_replaces_it(engine: InferenceEngine) -> None:
+    older = fresh(engine, USERS[0], np.ones(DIM))
+    newer = fresh(engine, USERS[0], np.zeros(DIM))
+    pulls = Pulls(older)
+    pulls.gate.clear()
+    cache = cache_of(pulls)
+    reader = threading.Thread(target=lambda: cache.get_many([older.key]))
+    reader.start()
+    while not pulls.count:
+        pass
+    cache.put(newer)
+    pulls.gate.set()
+    reader.join()
+    assert cache.get_many([older.key])[older.key].adapter is newer and pulls.count == 1
+
+
+def test_a_closed_engine_says_so_to_whoever_comes_late(engine: InferenceEngine) -> None:
+    cache = cache_of(Pulls(None))
+    cache.close()
+    with pytest.raises(EngineClosed):
+        cache.get_many([b"k" * 16])
+
+
+def test_an_adapter_admitted_after_its_users_erasure_is_not_served(engine: InferenceEngine, store: AdapterStore) -> None:
+    adapter = fresh(engine, "somebody", np.ones(DIM))
+    store.erase(adapter.key)
+    engine.loaded.reader.refresh_tombstones()
+    engine.admit(adapter)
+    assert engine.predict([("somebody", TEXTS[0])])[0].personalization == "population"

@@ -42,3 +42,8 @@ def test_a_saved_slice_of_rows_comes_back_at_any_place() -> None:
     fresh.load_state(6, saved)
     for name, values in fresh.state().items():
         assert torch.equal(values[6:9], saved[name]) and not values[:6].any()
+
+
+def test_a_rank_without_users_gets_zeros_for_its_idle_passes() -> None:
+    vectors = UserTable(0, 3, learning_rate=0.1).gather(torch.zeros(1, dtype=torch.int64))
+    assert vectors.shape == (1, 3) and not vectors.any() and vectors.requires_grad
