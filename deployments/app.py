@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.auth import Authenticator
 from deployments.fitting import FitRequest, FitResult, FittingService
 from deployments.prediction import PredictionService
 from deployments.routes import create_api
@@ -77,7 +78,7 @@ def _predictor(settings: Settings) -> Any:
 def build(args: dict[str, Any]) -> serve.Application:
     """The application. args: {"config": path of the settings file} or {"settings": the tree itself}. Raises ConfigError."""
     settings = _settings(args)
-    if settings.serving.auth.algorithm is None:
+    if not Authenticator(settings.serving.auth).enabled:  # made here too, so that a wrong key is one line and no replica that never starts
         log.warning("AUTHENTICATION IS OFF: whoever reaches this port may read, adapt and erase every user. Set serving.auth.algorithm.")
     serving = settings.serving
     resources = {"num_cpus": serving.replica_cpus, "num_gpus": serving.replica_gpus}

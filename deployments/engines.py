@@ -10,17 +10,13 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-import torch
-
+from plora_ray.adapters.pretrained import DTYPES
 from plora_ray.config import Settings
 from plora_ray.errors import PloraError, StoreError
 from plora_ray.inference import LoadedGeneration, load_generation
 from plora_ray.store import AdapterStore
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 Built = TypeVar("Built")
 

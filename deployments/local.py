@@ -71,11 +71,7 @@ def _deploy(settings: Settings, host: str, port: int, stop: threading.Event) -> 
 
     print("starting the replicas ...", flush=True)
     serve.start(http_options=HTTPOptions(host=host, port=port))
-    # Checked before deploying, so that a wrong key is one line here and not a replica that never starts.
     application = build({"settings": settings.model_dump(mode="json")})
-    from deployments.auth import Authenticator
-
-    Authenticator(settings.serving.auth)
     serve.run(application, name="plora", route_prefix="/")
     _wait_until_ready(_reachable(host), port, stop)
 

@@ -24,6 +24,7 @@ from plora_ray.adapters.families import FAMILIES
 from plora_ray.errors import ModelError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as the settings call them
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _SEQ2SEQ_ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "mt5": MT5EncoderModel}
 

@@ -100,7 +100,6 @@ class _Prepared:
     assignment: Assignment
     stats: PartitionStats
     weight_hash: str
-    resumed: bool
 
 
 def train(settings: Settings) -> Published:
@@ -140,7 +139,7 @@ def _prepare(settings: Settings, line: ProgressLine) -> _Prepared:
     skipped = f", {sum(stats.skipped.values()):,} bad rows skipped" if stats.skipped else ""
     line.say(f"{stats.train_users:,} users to train, {stats.rows('train'):,} training rows, {len(waves)} waves{skipped}")
     assignment = Assignment(_absolute(settings, store), run.folder.rpartition("/")[2], generation, labels, uri, waves)
-    return _Prepared(store, run, assignment, stats, weights, resumed)
+    return _Prepared(store, run, assignment, stats, weights)
 
 
 def _absolute(settings: Settings, store: AdapterStore) -> Settings:

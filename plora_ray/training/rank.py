@@ -13,7 +13,7 @@ from plora_ray.adapters.fit import UserPrior, prior_from_moments
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import PersonalizedModel
 from plora_ray.adapters.objective import PopulationObjective
-from plora_ray.adapters.pretrained import load_tokenizer
+from plora_ray.adapters.pretrained import DTYPES, load_tokenizer
 from plora_ray.config import Settings
 from plora_ray.data.partition import read_partition
 from plora_ray.store import AdapterStore
@@ -92,8 +92,7 @@ def _load_rows(assignment: Assignment, store: AdapterStore, rank: int, ranks: in
 def _build(assignment: Assignment, observer: Observer) -> tuple[ShardedTrainer, PersonalizedModel]:
     settings = assignment.settings
     torch.manual_seed(settings.training.seed)  # equal starting parameters on all ranks
-    dtype = torch.bfloat16 if settings.model.dtype == "bf16" else torch.float32
-    model = PersonalizedModel.from_pretrained(settings.adapter_spec(assignment.labels.outputs), dtype=dtype)
+    model = PersonalizedModel.from_pretrained(settings.adapter_spec(assignment.labels.outputs), dtype=DTYPES[settings.model.dtype])
     training = settings.training
     objective = PopulationObjective(model, user_dropout=training.user_dropout, mutual_information=training.mutual_information.build())
     parameter_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

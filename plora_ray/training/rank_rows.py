@@ -57,11 +57,14 @@ class RankRows:
         self.labels = labels.encode(raw_labels)
         self._split = np.concatenate([np.empty(0, np.int8), *(table.split for table in tables)])
         self.erased = np.zeros(len(self.keys), bool)
+        self._known_erased: set[bytes] = set()
         self.mark_erased(erased)
 
     def mark_erased(self, keys: Set[bytes]) -> None:
         """Users erased since: from now on none of their rows is in any split."""
-        self.erased |= np.fromiter((key.tobytes() in keys for key in self.keys), bool, count=len(self.keys))
+        if new := keys - self._known_erased:
+            self._known_erased |= new
+            self.erased |= np.fromiter((key.tobytes() in new for key in self.keys), bool, count=len(self.keys))
 
     @cached_property
     def _trainable(self) -> np.ndarray:

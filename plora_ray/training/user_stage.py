@@ -6,7 +6,7 @@ A finished wave is a segment in the store and is never trained again.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from plora_ray.training.waves import Wave
 PRIOR_SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 CALIBRATION_ROWS = 1024  # training rows of the users on whose validation rows the prior's scale is chosen
 
-Tombstones = Callable[[], Set[bytes]]
+ErasedKeys = Callable[[], Set[bytes]]
 WaveReport = Callable[[int, int], None]  # users done in this wave, wave index
 
 
@@ -67,7 +67,7 @@ def _mean_loss(logits: Tensor, labels: Tensor, task: Task) -> float:
 class UserStage:
     """One rank's part: fits the waves of its partitions that `finished` doesn't name and writes each as a segment.
 
-    tombstones: asks the store for the keys of all users erased so far.
+    erased_keys: asks the store for the keys of all users erased so far.
     """
 
     passes: FrozenPasses
@@ -77,8 +77,7 @@ class UserStage:
     writer: GenerationWriter
     run: RunState
     on_wave: WaveReport
-    tombstones: Tombstones
-    _known_tombstones: set[bytes] = field(default_factory=set)
+    erased_keys: ErasedKeys
 
     def fit_waves(self, waves: list[Wave], finished: Collection[int], in_step: Callable[[list[Wave | None]], list[Wave | None]]) -> None:
         """Fit what is left. in_step: pads the list of waves with None until all ranks have as many (when sharded)."""
@@ -87,9 +86,7 @@ class UserStage:
             self._fit(wave)
 
     def _fit(self, wave: Wave | None) -> None:
-        if new := self.tombstones() - self._known_tombstones:  # a job runs for hours; whoever left meanwhile is left out from here on
-            self._known_tombstones |= new
-            self.rows.mark_erased(new)
+        self.rows.mark_erased(self.erased_keys())  # a job runs for hours; whoever left meanwhile is left out from here on
         users = self._users(wave)
         train, held_out = self.rows.of_split("train", users), self.rows.of_split("test", users)
         linear, texts = self.passes.linearise(train, self.prior.mean)
