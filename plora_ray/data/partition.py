@@ -49,12 +49,14 @@ def partition_rows(
     seed: int,
     progress: Callable[[PartitionProgress], None] | None = None,
     storage_options: dict[str, Any] | None = None,
+    units: list[ReadUnit] | None = None,
 ) -> PartitionStats:
     """Write `partition-00000.parquet` ... to `destination`, a folder of its own that all nodes reach, on the running cluster.
 
     A finished partitioning of the same rows and settings is recognised and only its stats are returned; anything
     half-written is removed and made again. `storage_options` belong to the destination, `settings.storage_options` to the
-    source. Raises DataError if the source can't be used as it is, ModelError if the tokenizer can't be loaded.
+    source; `units`: what `list_units(settings)` gave, where the caller has asked already. Raises DataError if the source can't
+    be used as it is, ModelError if the tokenizer can't be loaded.
     """
     import ray  # seconds to import, and who only reads partitions has no use for it
 
@@ -67,7 +69,7 @@ def partition_rows(
         # A name of its own, so that a task which outlived an earlier attempt can't write among this one's fragments.
         fragments = f"{place}/fragments-{uuid4().hex}"
         job = PartitionJob(settings, task, place, fragments, partitions, tokenizer_path, max_length, seed, secret, options)
-        units = list_units(settings)
+        units = list_units(settings) if units is None else units
         digest = _digest(job, units)
         finished = read_done(place, digest, options)
         if finished is not None:

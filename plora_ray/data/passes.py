@@ -117,7 +117,7 @@ def finish_partition(job: PartitionJob, item: str) -> str:
         tokens = _tokenise(rows["text"], load_tokenizer(job.tokenizer_path), job.max_length)
         columns = [rows["key"], tokens, rows["label"], rows["split"], rows["timestamp"]]
         write_partition(job.destination, result.partition, pa.table(columns, schema=partition_schema(job.task)), job.storage_options)
-        result.counts = _count(rows, tokens)
+        result.counts = _count(rows, tokens, job.task)
     except PloraError as error:
         result.error = str(error)
     except OSError as error:
@@ -139,8 +139,10 @@ def _tokenise(texts: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase, max_le
     return pa.chunked_array(chunks, kind)
 
 
-def _count(rows: pa.Table, tokens: pa.ChunkedArray) -> PartitionCounts:
+def _count(rows: pa.Table, tokens: pa.ChunkedArray, task: Task) -> PartitionCounts:
     split = rows["split"].to_numpy()
+    trained = rows["label"].to_numpy()[split == SPLITS.index("train")] if task == "regression" else np.empty(0)
+    mean = float(trained.mean()) if len(trained) else 0.0
     keys = np.array(rows["key"].to_pylist(), object)
     by_split = np.bincount(split, minlength=len(SPLITS))
     return PartitionCounts(
@@ -148,6 +150,8 @@ def _count(rows: pa.Table, tokens: pa.ChunkedArray) -> PartitionCounts:
         train_users=len(set(keys[split == SPLITS.index("train")])),
         rows={name: int(count) for name, count in zip(SPLITS, by_split, strict=True)},
         tokens=sum(len(chunk.flatten()) for chunk in tokens.chunks),
+        label_mean=mean,
+        label_squares=float(((trained - mean) ** 2).sum()),
     )
 
 

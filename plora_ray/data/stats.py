@@ -21,7 +21,10 @@ MAX_CLASSES = 10_000  # beyond it a label column holds texts or ids, and every m
 
 
 class PartitionCounts(BaseModel):
-    """One partition. `train_users` have at least one training row: they are the ones that get an adapter of their own."""
+    """One partition. `train_users` have at least one training row: they are the ones that get an adapter of their own.
+
+    label_mean, label_squares: of the training rows of a regression, their mean and the sum of squared deviations from it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,6 +32,8 @@ class PartitionCounts(BaseModel):
     train_users: int
     rows: dict[SplitName, int]
     tokens: int
+    label_mean: float = 0.0
+    label_squares: float = 0.0
 
 
 class PartitionStats(BaseModel):
@@ -60,6 +65,13 @@ class PartitionStats(BaseModel):
     def rows(self, split: SplitName | None = None) -> int:
         """Rows in a split, or in all."""
         return sum(count for part in self.partitions for name, count in part.rows.items() if split in (None, name))
+
+    def label_moments(self) -> tuple[float, float]:
+        """Mean and standard deviation of a regression's training labels."""
+        total = self.rows("train")
+        mean = sum(part.rows["train"] * part.label_mean for part in self.partitions) / total
+        squares = sum(part.label_squares + part.rows["train"] * (part.label_mean - mean) ** 2 for part in self.partitions)
+        return mean, (squares / total) ** 0.5
 
 
 def label_space(stats: PartitionStats, task: Task) -> list[str]:

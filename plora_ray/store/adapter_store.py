@@ -130,6 +130,14 @@ class AdapterStore:
             raise StoreError(f"generation {generation} was begun with kind {beginning.kind!r}, not {kind!r}: choose another name")
         return GenerationWriter(self.objects, beginning, self.activate)
 
+    def resume(self, generation: str) -> GenerationWriter:
+        """A writer of a generation that another process has begun. Raises StoreError if nobody has."""
+        path = names.beginning(check_generation_id(generation))
+        data = self.objects.read_many([path]).get(path)
+        if data is None:
+            raise StoreError(f"generation {generation} was never begun: begin it first")
+        return GenerationWriter(self.objects, load_json(Beginning, data, self.objects.uri_of(path)), self.activate)
+
     def open_generation(self, generation: str | None = None) -> GenerationReader:
         """A reader of the given or the current generation. Raises StoreError if there is none, CorruptObjectError if damaged."""
         wanted = generation if generation is not None else self.current()

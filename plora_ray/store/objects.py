@@ -91,6 +91,7 @@ class ObjectStore:
         self.storage_options = dict(storage_options or {})
         self.uri, self._backend = _open_backend(uri, self.storage_options)
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._proven = False
 
     def __reduce__(self) -> tuple[type[ObjectStore], tuple[str, dict[str, Any]]]:
         return ObjectStore, (self.uri, self.storage_options)
@@ -207,7 +208,9 @@ class ObjectStore:
                 continue
 
     def probe(self) -> None:
-        """Prove that this store can be written and honours conditions. Raises StoreError with the reason if not."""
+        """Prove, once, that this store can be written and honours conditions. Raises StoreError with the reason if not."""
+        if self._proven:
+            return
         path = f"probe/{uuid.uuid4().hex}"
         self.create(path, b"first")
         try:
@@ -222,6 +225,7 @@ class ObjectStore:
                 raise StoreError(f"{self.uri} ignores {condition}, so two writers could undo each other; choose another store")
         finally:
             self.delete(path)
+        self._proven = True
 
     def _read_or_none(self, item: ObjectRange) -> bytes | None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -13,18 +13,13 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from plora_ray.adapters.labels import LabelSpace
-from plora_ray.adapters.pretrained import load_tokenizer, resolve_model, weight_hash
 from plora_ray.config import Settings, parse_settings
-from plora_ray.data.partition import partition_rows, read_partition
-from plora_ray.data.sources import fingerprint, list_units
-from plora_ray.data.stats import PartitionStats, label_space
 from plora_ray.errors import ConfigError, PloraError
-from plora_ray.store import AdapterStore
+from plora_ray.training.prepare import Prepared, prepare
 from plora_ray.training.progress import ProgressLine, Snapshot
 from plora_ray.training.publish import Published, publish
 from plora_ray.training.rank import KIND, Assignment, run_rank
-from plora_ray.training.run_state import RunState, run_fingerprint
-from plora_ray.training.waves import Wave, plan_waves
+from plora_ray.training.waves import Wave
 
 POLL_S = 0.5
 
@@ -91,17 +86,6 @@ def _train_loop(config: dict[str, Any]) -> None:
     ray.train.report({"rank": rank})
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A run whose data is partitioned and planned."""
-
-    store: AdapterStore
-    run: RunState
-    assignment: Assignment
-    stats: PartitionStats
-    weight_hash: str
-
-
 def train(settings: Settings) -> Published:
     """Run the whole job on the connected Ray cluster and publish a generation. Raises PloraError.
 
@@ -109,7 +93,7 @@ def train(settings: Settings) -> Published:
     """
     began = time.monotonic()
     with ProgressLine() as line:
-        prepared = _prepare(settings, line)
+        prepared = prepare(settings, line)
         if prepared.store.manifest(prepared.assignment.generation) is None:
             _fit(prepared, line)
         return publish(
@@ -117,50 +101,7 @@ def train(settings: Settings) -> Published:
         )
 
 
-def _prepare(settings: Settings, line: ProgressLine) -> _Prepared:
-    """Everything that can be refused is refused here, before any worker starts."""
-    weights = weight_hash(settings.model.name)
-    load_tokenizer(settings.model.name)
-    units = list_units(settings.data)
-    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=True)
-    store.objects.probe()
-    run = RunState(store.objects, run_fingerprint(settings, fingerprint(settings.data, units), weights))
-    generation, resumed = run.begin()
-    line.say(f"generation {generation} ({'resuming' if resumed else 'new'}) in {store.uri}")
-    line.say(f"partitioning {settings.data.source} by user ...")
-    uri = store.objects.uri_of(f"{run.folder}/partitions")
-    stats = partition_rows(
-        settings.data, settings.task, uri, settings.training.partitions, store.hash_secret, resolve_model(settings.model.name),
-        settings.model.max_length, settings.training.seed, progress=line.show_partitioning,
-        storage_options=settings.store.storage_options(),
-    )  # fmt: skip
-    labels = _labels(settings, stats, uri)
-    waves = plan_waves({index: part.train_users for index, part in enumerate(stats.partitions)}, settings.training.users_per_wave)
-    skipped = f", {sum(stats.skipped.values()):,} bad rows skipped" if stats.skipped else ""
-    line.say(f"{stats.train_users:,} users to train, {stats.rows('train'):,} training rows, {len(waves)} waves{skipped}")
-    assignment = Assignment(_absolute(settings, store), run.folder.rpartition("/")[2], generation, labels, uri, waves)
-    return _Prepared(store, run, assignment, stats, weights)
-
-
-def _absolute(settings: Settings, store: AdapterStore) -> Settings:
-    """The settings with a store URI that means the same in every worker's working directory."""
-    return settings.model_copy(update={"store": settings.store.model_copy(update={"uri": store.uri})})
-
-
-def _labels(settings: Settings, stats: PartitionStats, uri: str) -> LabelSpace:
-    classes = label_space(stats, settings.task)
-    if settings.task == "classification":
-        return LabelSpace("classification", tuple(classes))
-    count = total = squares = 0.0
-    for index in range(len(stats.partitions)):
-        table = read_partition(uri, index, settings.store.storage_options())
-        values = table.labels[table.split == 0].astype(float)
-        count, total, squares = count + len(values), total + values.sum(), squares + (values**2).sum()
-    mean = total / count
-    return LabelSpace("regression", mean=float(mean), std=float(max(squares / count - mean**2, 0.0) ** 0.5) or 1.0)
-
-
-def _fit(prepared: _Prepared, line: ProgressLine) -> None:
+def _fit(prepared: Prepared, line: ProgressLine) -> None:
     settings = prepared.assignment.settings
     writer = prepared.store.begin(prepared.assignment.generation, KIND)
     done = sum(segment.users for segment in writer.finished_waves().values())

@@ -68,7 +68,7 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
 
     shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
     trainer.freeze()
-    writer = store.begin(assignment.generation, KIND)
+    writer = store.resume(assignment.generation)
     passes = FrozenPasses(trainer, model, rows, batch_tokens=settings.training.batch_tokens, batch_rows=settings.training.batch_rows)
     prior = _prior(run, table, passes, rows, model, rank)
     if rank == 0:

@@ -176,6 +176,12 @@ def test_files_that_disagree_about_having_splits_are_refused(partition: Partitio
 def test_regression_keeps_numbers_and_synthetic_users_reach_their_partitions(
     partition: Partitioner, tmp_path: Path, ratings: pd.DataFrame, tokenizer_path: str
 ) -> None:
+    numbers = ratings.assign(label=ratings.label + 1000.25)
+    numbers.to_csv(tmp_path / "many.csv", index=False)
+    trained = numbers.label[numbers.split == "train"]
+    assert partition(tmp_path / "many.csv", "many", task="regression").label_moments() == pytest.approx(
+        (trained.mean(), trained.std(ddof=0))
+    )
     ratings.assign(label=ratings.label + 0.25).to_csv(tmp_path / "a.csv", index=False)
     partition(tmp_path / "a.csv", "numbers", task="regression", partitions=1)
     table = read_partition(str(tmp_path / "numbers"), 0)

@@ -91,6 +91,14 @@ def test_a_restarted_writer_skips_finished_waves_and_repairs_damaged_ones(store:
     assert again.commit(expected_users=12, model=MODEL, adapter_config={}).users == 12
 
 
+def test_a_generation_is_resumed_without_a_write_and_only_if_it_was_begun(store: AdapterStore) -> None:
+    with pytest.raises(StoreError, match="never begun"):
+        store.resume("g1")
+    begun = store.begin("g1")
+    before = store.objects.list()
+    assert store.resume("g1").version == begun.version and store.objects.list() == before
+
+
 def test_the_first_acknowledged_segment_of_a_wave_wins(store: AdapterStore, make_users: Make, as_arrays: Make) -> None:
     keys, records, examples = as_arrays(make_users(4))
     writer = store.begin("g1")

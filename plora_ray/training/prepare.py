@@ -1,0 +1,65 @@
+"""A run made ready: its data partitioned, its labels known, its waves planned. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plora_ray.adapters.labels import LabelSpace
+from plora_ray.adapters.pretrained import load_tokenizer, resolve_model, weight_hash
+from plora_ray.config import Settings
+from plora_ray.data.partition import partition_rows
+from plora_ray.data.sources import fingerprint, list_units
+from plora_ray.data.stats import PartitionStats, label_space
+from plora_ray.store import AdapterStore
+from plora_ray.training.progress import ProgressLine
+from plora_ray.training.rank import Assignment
+from plora_ray.training.run_state import RunState, run_fingerprint
+from plora_ray.training.waves import plan_waves
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose data is partitioned and planned."""
+
+    store: AdapterStore
+    run: RunState
+    assignment: Assignment
+    stats: PartitionStats
+    weight_hash: str
+
+
+def prepare(settings: Settings, line: ProgressLine) -> Prepared:
+    """Open the store, find or begin the run, partition and plan; no worker has started yet. Raises PloraError."""
+    weights = weight_hash(settings.model.name)
+    load_tokenizer(settings.model.name)
+    units = list_units(settings.data)
+    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=True)
+    store.objects.probe()
+    run = RunState(store.objects, run_fingerprint(settings, fingerprint(settings.data, units), weights))
+    generation, resumed = run.begin()
+    line.say(f"generation {generation} ({'resuming' if resumed else 'new'}) in {store.uri}")
+    line.say(f"partitioning {settings.data.source} by user ...")
+    uri = store.objects.uri_of(f"{run.folder}/partitions")
+    stats = partition_rows(
+        settings.data, settings.task, uri, settings.training.partitions, store.hash_secret, resolve_model(settings.model.name),
+        settings.model.max_length, settings.training.seed, progress=line.show_partitioning,
+        storage_options=settings.store.storage_options(), units=units,
+    )  # fmt: skip
+    labels = _labels(settings, stats)
+    waves = plan_waves({index: part.train_users for index, part in enumerate(stats.partitions)}, settings.training.users_per_wave)
+    skipped = f", {sum(stats.skipped.values()):,} bad rows skipped" if stats.skipped else ""
+    line.say(f"{stats.train_users:,} users to train, {stats.rows('train'):,} training rows, {len(waves)} waves{skipped}")
+    assignment = Assignment(_absolute(settings, store), run.folder.rpartition("/")[2], generation, labels, uri, waves)
+    return Prepared(store, run, assignment, stats, weights)
+
+
+def _absolute(settings: Settings, store: AdapterStore) -> Settings:
+    """The settings with a store URI that means the same in every worker's working directory."""
+    return settings.model_copy(update={"store": settings.store.model_copy(update={"uri": store.uri})})
+
+
+def _labels(settings: Settings, stats: PartitionStats) -> LabelSpace:
+    if settings.task == "classification":
+        return LabelSpace("classification", tuple(label_space(stats, settings.task)))
+    mean, std = stats.label_moments()
+    return LabelSpace("regression", mean=mean, std=std or 1.0)
