@@ -13,10 +13,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from plora_ray.adapters.adam import AdamSteps
+from plora_ray.adapters.fit_memory import Solver
+from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.model import AdapterSpec
 from plora_ray.adapters.objective import MutualInformation
 from plora_ray.data.sources import SourceSettings
 from plora_ray.errors import ConfigError
+
+ADAM_LEARNING_RATES: dict[Kind, float] = {"plora": 2e-2, "lora": 1e-3}  # a vector has few numbers, each of which must go far
 
 
 class _Section(BaseModel):
@@ -33,8 +38,12 @@ class ModelSettings(_Section):
 
 
 class AdapterSettings(_Section):
-    """Shapes of the PLoRA layers. targets: suffixes of linear layers' names; None takes the model family's."""
+    """Shapes of the adapted layers. targets: suffixes of linear layers' names; None takes the model family's.
 
+    kind: plora, a vector of user_dim numbers a user; lora, private matrices a user, which start from the population's.
+    """
+
+    kind: Kind = "plora"
     rank: int = Field(16, ge=1, le=1024)
     alpha: float = Field(32.0, gt=0)
     user_dim: int = Field(64, ge=1, le=4096)
@@ -53,11 +62,27 @@ class MutualInformationSettings(_Section):
         return MutualInformation(**self.model_dump())
 
 
+class AdamSettings(_Section):
+    """The per-user Adam (training.user_solver adam), in the user stage and in few-shot fits.
+
+    epochs: passes over a user's rows. learning_rate: of a user's first step; None takes the kind's own. rows_per_step: of one user.
+    patience: epochs without a lower loss on the user's validation rows before it stops. pull: for kind lora, the precision lambda of
+    the pull towards the population's matrices (plora is pulled by the population's prior).
+    """
+
+    epochs: int = Field(10, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    rows_per_step: int = Field(16, ge=1)
+    patience: int = Field(3, ge=1)
+    pull: float = Field(1.0, ge=0)
+
+
 class TrainingSettings(_Section):
     """Both training stages.
 
     num_workers: ranks of the job; auto takes a rank a GPU, else up to two CPU ranks. sharding: zero3 shards the frozen PLM
     over the ranks, replicated keeps a copy on each, auto shards when a copy would take over half of a device's memory.
+    user_solver: what fits users once everything shared is frozen; auto takes newton for kind plora, adam for kind lora.
     user_dropout: rho. batch_rows / batch_tokens bound a batch; users_per_wave is the unit of resume.
     """
 
@@ -73,6 +98,8 @@ class TrainingSettings(_Section):
     gradient_clipping: float = Field(1.0, gt=0)
     user_dropout: float = Field(0.1, ge=0, le=1)
     mutual_information: MutualInformationSettings = MutualInformationSettings()
+    user_solver: Literal["auto", "newton", "adam"] = "auto"
+    adam: AdamSettings = AdamSettings()
     batch_rows: int = Field(32, ge=1)
     batch_tokens: int = Field(4096, ge=16)
     users_per_wave: int = Field(2000, ge=1)
@@ -172,9 +199,45 @@ class Settings(_Section):
                 raise ValueError(f"{name}.batch_tokens is {tokens}: it must be at least model.max_length ({longest})")
         return self
 
+    @model_validator(mode="after")
+    def _settings_fit_the_kind(self) -> Settings:
+        kind, solver = self.adapter.kind, self.user_solver
+        if kind == "lora" and solver == "newton":
+            raise ValueError("training.user_solver newton fits vectors only: with adapter.kind lora set it to adam or auto")
+        if kind == "lora" and self.training.mutual_information.weight:
+            raise ValueError("training.mutual_information needs user vectors in the population stage: remove it with adapter.kind lora")
+        for where, section, names, wanted in (
+            ("adapter", self.adapter, ("user_dim",), kind == "plora"),
+            ("training", self.training, ("user_dropout", "user_learning_rate", "user_weight_decay"), kind == "plora"),
+            ("training.adam", self.training.adam, ("pull",), kind == "lora"),
+        ):
+            if not wanted and (changed := _changed(section, names)):
+                raise ValueError(f"{where}.{changed} means nothing with adapter.kind {kind}: remove it")
+        if solver == "newton" and (changed := _changed(self.training.adam, tuple(AdamSettings.model_fields))):
+            raise ValueError(f"training.adam.{changed} means nothing to training.user_solver newton: remove it or set user_solver to adam")
+        return self
+
+    @property
+    def user_solver(self) -> Solver:
+        """What fits users, with `auto` resolved."""
+        if self.training.user_solver != "auto":
+            return self.training.user_solver
+        return "adam" if self.adapter.kind == "lora" else "newton"
+
+    def adam_steps(self) -> AdamSteps:
+        """How the per-user Adam goes."""
+        adam = self.training.adam
+        rate = adam.learning_rate or ADAM_LEARNING_RATES[self.adapter.kind]
+        return AdamSteps(epochs=adam.epochs, learning_rate=rate, rows_per_step=adam.rows_per_step, patience=adam.patience)
+
     def adapter_spec(self, outputs: int) -> AdapterSpec:
         """The personalised model's shapes for `outputs` classes (1 for a regression)."""
         return AdapterSpec(model=self.model.name, task=self.task, outputs=outputs, pooling=self.model.pooling, **self.adapter.model_dump())
+
+
+def _changed(section: BaseModel, names: Sequence[str]) -> str | None:
+    """The first of `names` whose value isn't the default."""
+    return next((name for name in names if getattr(section, name) != type(section).model_fields[name].default), None)
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:

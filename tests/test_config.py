@@ -26,6 +26,11 @@ from plora_ray.errors import ConfigError
             "training.batch_tokens is 256: it must be at least model.max_length",
         ),
         ({"task": "ranking"}, "setting 'task'"),
+        ({"adapter": {"kind": "lora"}, "training": {"user_solver": "newton"}}, "newton fits vectors only: .* set it to adam or auto"),
+        ({"adapter": {"kind": "lora"}, "training": {"mutual_information": {"weight": 1}}}, "mutual_information needs user vectors"),
+        ({"adapter": {"kind": "lora", "user_dim": 8}}, "adapter.user_dim means nothing with adapter.kind lora: remove it"),
+        ({"training": {"user_solver": "adam", "adam": {"pull": 3}}}, "training.adam.pull means nothing with adapter.kind plora"),
+        ({"training": {"adam": {"epochs": 3}}}, "training.adam.epochs means nothing to training.user_solver newton"),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(tree: dict[str, object], message: str) -> None:
@@ -64,3 +69,11 @@ def test_s3_settings_hold_no_secret() -> None:
     assert settings.store.storage_options() == {"endpoint_url": "http://127.0.0.1:9000", "client_kwargs": {"region_name": "eu-west-1"}}
     with pytest.raises(ConfigError, match="unknown setting 'store.secret'"):
         parse_settings({"store": {"secret": "x"}})
+
+
+def test_a_kind_has_its_solver_and_its_learning_rate_unless_they_are_set() -> None:
+    plora, lora = parse_settings({}), parse_settings({"adapter": {"kind": "lora"}})
+    assert (plora.user_solver, lora.user_solver) == ("newton", "adam")
+    assert lora.adam_steps().learning_rate < plora.adam_steps().learning_rate
+    chosen = parse_settings({"training": {"user_solver": "adam", "adam": {"learning_rate": 0.5}}})
+    assert chosen.user_solver == "adam" and chosen.adam_steps().learning_rate == 0.5

@@ -111,10 +111,16 @@ def linearise(forward: Forward, input_ids: Tensor, attention_mask: Tensor, point
 
 @dataclass(frozen=True)
 class FittedUsers:
-    """vectors: [users, d] float32 posterior modes. converged: [users] bool."""
+    """What a solver found.
+
+    vectors: [users, width] float32. converged: [users] bool, whether the solver ended before its last step allowed.
+    remaining: [users] float32 in (0, 1], the share of the prior's variance that a user's rows leave, trace(H^-1 C^-1) / d with
+        H the Hessian at the mode (Laplace's approximation); NaN where a solver gives none.
+    """
 
     vectors: Tensor
     converged: Tensor
+    remaining: Tensor
 
 
 def solve_users(
@@ -132,14 +138,18 @@ def solve_users(
     converged = torch.zeros(count, dtype=torch.bool)
     for _ in range(NEWTON_STEPS):
         gradient, hessian = problem.derivatives(p)
-        direction = -torch.cholesky_solve(gradient.unsqueeze(-1), torch.linalg.cholesky(hessian)).squeeze(-1)
+        factor = torch.linalg.cholesky(hessian)
+        direction = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
         decrement = -(gradient * direction).sum(-1)
         converged = decrement < TOLERANCE
         if bool(converged.all()):
             break
         direction[converged] = 0.0
         p, objective = problem.line_search(p, objective, direction, decrement)
-    return FittedUsers(p.float(), converged)
+    else:
+        factor = torch.linalg.cholesky(problem.derivatives(p)[1])
+    left = torch.cholesky_solve(prior.precision.expand(count, -1, -1), factor).diagonal(dim1=1, dim2=2).mean(1)
+    return FittedUsers(p.float(), converged, left.float())
 
 
 class _Problem:

@@ -1,13 +1,19 @@
-"""Putting PLoRA layers into a Hugging Face model without editing its code, and folding them for serving."""
+"""Putting adapted layers into a Hugging Face model without editing its code, and turning them into their serving form."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 
-from plora_ray.adapters.layers import FoldedLinear, PLoRALinear, UserContext
+from plora_ray.adapters.context import UserContext
+from plora_ray.adapters.layers import PLoRALinear
+from plora_ray.adapters.private_layers import PrivateLoRALinear
 from plora_ray.errors import ModelError
+
+Kind = Literal["plora", "lora"]
+AdaptedLinear = PLoRALinear | PrivateLoRALinear
 
 
 def matches(name: str, targets: Sequence[str]) -> bool:
@@ -38,22 +44,22 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def inject(
-    model: nn.Module, names: Sequence[str], *, rank: int, alpha: float, user_dim: int, dropout: float, context: UserContext
-) -> dict[str, PLoRALinear]:
-    """Replace each named linear layer by a PLoRALinear around it; returns them by name."""
-    layers = {}
+    model: nn.Module, names: Sequence[str], *, kind: Kind, rank: int, alpha: float, user_dim: int, dropout: float, context: UserContext
+) -> dict[str, AdaptedLinear]:
+    """Replace each named linear layer by an adapted one around it; returns them by name."""
+    layers: dict[str, AdaptedLinear] = {}
     for name in names:
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
-        layers[name] = PLoRALinear(base, rank=rank, alpha=alpha, user_dim=user_dim, dropout=dropout, context=context, name=name)
+        if kind == "lora":
+            layers[name] = PrivateLoRALinear(base, rank=rank, alpha=alpha, dropout=dropout, context=context, name=name)
+        else:
+            layers[name] = PLoRALinear(base, rank=rank, alpha=alpha, user_dim=user_dim, dropout=dropout, context=context, name=name)
         _replace(model, name, layers[name])
     return layers
 
 
-def fold(model: nn.Module, layers: dict[str, PLoRALinear]) -> dict[str, FoldedLinear]:
-    """Replace each training layer by its serving form, in place; returns the new layers by name."""
-    folded = {}
+def fold(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
+    """Replace each training layer by its serving form, in place."""
     for name, layer in layers.items():
-        folded[name] = FoldedLinear(layer)
-        _replace(model, name, folded[name])
-    return folded
+        _replace(model, name, layer.serving_form())

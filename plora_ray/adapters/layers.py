@@ -1,42 +1,21 @@
-"""The two forms of a PLoRA layer: one to train, one to serve. Knows tensors; nothing of models, users' names or storage.
-
-Both read the batch's user vectors from a `UserContext` that all layers of a model share, because Hugging Face
-models offer no way to pass one more argument down to a linear layer.
-"""
+"""The two forms of a PLoRA layer: one to train, one to serve. Knows tensors; nothing of models, users' names or storage."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from plora_ray.errors import ModelError
+from plora_ray.adapters.context import UserContext
 
 
-@dataclass
-class UserContext:
-    """What the layers need to know of the current batch.
-
-    vectors: [batch, d] one user vector a row, or None for the population. A zero row is a population row.
-    effects: per layer, its user term s B P p_u [batch, out] of the last forward pass; filled only while `record_effects`.
-    """
-
-    vectors: Tensor | None = None
-    record_effects: bool = False
-    effects: dict[str, Tensor] = field(default_factory=dict)
-
-
-def _rowwise(term: Tensor, like: Tensor) -> Tensor:
-    """Spread a per-row term [batch, k] over the token dimensions of `like` [batch, ..., *]."""
-    if like.shape[0] != term.shape[0]:
-        raise ModelError(
-            f"a layer sees {like.shape[0]} rows for a batch of {term.shape[0]} users: "
-            "layers that flatten rows and tokens (mixture-of-experts, unpadded attention) can't carry user terms; name other targets"
-        )
-    return term.view(term.shape[0], *([1] * (like.dim() - 2)), term.shape[1])
+def _rowwise(term: Tensor, like: Tensor, context: UserContext) -> Tensor:
+    """Spread a term of each user [users, k] over the rows and token dimensions of `like` [batch, ..., *]."""
+    context.check_rows(like)
+    rows = term.repeat_interleave(context.rows // len(term), 0)
+    return rows.view(context.rows, *([1] * (like.dim() - 2)), term.shape[1])
 
 
 class PLoRALinear(nn.Module):
@@ -47,6 +26,8 @@ class PLoRALinear(nn.Module):
     W [out, in], b [out] are frozen. A [r, in], B [out, r] (zero at start) and P [r, d] are shared by all users;
     p_u [d] is the user's own and comes from the context. x: [batch, ..., in]; y: [batch, ..., out].
     """
+
+    shared = ("A", "B", "P")
 
     def __init__(self, base: nn.Linear, *, rank: int, alpha: float, user_dim: int, dropout: float, context: UserContext, name: str) -> None:
         super().__init__()
@@ -79,8 +60,12 @@ class PLoRALinear(nn.Module):
             user = F.linear(vectors.to(dtype), self.P)
             if self.context.record_effects:
                 self.context.effects[self.name] = F.linear(user, self.B) * self.scaling
-            low = low + _rowwise(user, low)
+            low = low + _rowwise(user, low, self.context)
         return self.base(x) + (F.linear(low, self.B) * self.scaling).to(x.dtype)
+
+    def serving_form(self) -> FoldedLinear:
+        """The same layer with everything shared folded into one weight."""
+        return FoldedLinear(self)
 
 
 class FoldedLinear(nn.Module):
@@ -108,5 +93,5 @@ class FoldedLinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         vectors = self.context.vectors
         if vectors is not None:
-            y = y + _rowwise(F.linear(vectors.to(self.user_map.dtype), self.user_map), y)
+            y = y + _rowwise(F.linear(vectors.to(self.user_map.dtype), self.user_map), y, self.context)
         return y

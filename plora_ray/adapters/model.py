@@ -1,19 +1,20 @@
-"""A frozen PLM, PLoRA layers in it, pooling and a task head: token ids and user vectors in, logits out.
+"""A frozen PLM, adapted layers in it, pooling and a task head: token ids and users' vectors in, logits out.
 
 Knows nothing of users' names, data files, optimisers or storage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from plora_ray.adapters.context import UserContext, cut_matrices
 from plora_ray.adapters.families import Pooling, family_of
-from plora_ray.adapters.inject import find_targets, fold, inject
-from plora_ray.adapters.layers import PLoRALinear, UserContext
+from plora_ray.adapters.inject import AdaptedLinear, Kind, find_targets, fold, inject
 from plora_ray.adapters.pretrained import hidden_size, load_plm
 from plora_ray.errors import ModelError
 
@@ -25,6 +26,7 @@ class AdapterSpec:
     """Everything that fixes the shapes of a personalised model; kept with every generation so that it can be rebuilt.
 
     outputs: classes of a classification, 1 for a regression. targets / pooling None: the family's defaults.
+    kind: plora, a vector of user_dim numbers a user; lora, private matrices a user (user_dim means nothing then).
     """
 
     model: str
@@ -36,12 +38,14 @@ class AdapterSpec:
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
     pooling: Pooling | None = None
+    kind: Kind = "plora"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> AdapterSpec:
+        """The spec that `to_json` gave; one without a kind is of the first kind, plora."""
         targets = values.get("targets")
         return cls(**{**values, "targets": tuple(targets) if targets is not None else None})
 
@@ -61,7 +65,9 @@ def pool(hidden: Tensor, attention_mask: Tensor, how: Pooling) -> Tensor:
 
 
 class PersonalizedModel(nn.Module):
-    """PLM with PLoRA layers, pooling and head. In the training form until `fold()`, in the serving form after it.
+    """PLM with adapted layers, pooling and head. In the training form until `fold()`, in the serving form after it.
+
+    A user is one flat vector [user_width]. A batch is as many blocks of equally many adjacent rows as it has users.
 
     plm: maps input_ids [batch, tokens] to last_hidden_state [batch, tokens, hidden]; its parameters are frozen here.
     """
@@ -74,9 +80,12 @@ class PersonalizedModel(nn.Module):
         self.context = UserContext()
         self.plm = plm.requires_grad_(False)
         names = find_targets(plm, self.family.targets)
-        self._layers: dict[str, PLoRALinear] = inject(
-            plm, names, rank=spec.rank, alpha=spec.alpha, user_dim=spec.user_dim, dropout=spec.dropout, context=self.context
+        self._layers: dict[str, AdaptedLinear] = inject(
+            plm, names, kind=spec.kind, rank=spec.rank, alpha=spec.alpha, user_dim=spec.user_dim, dropout=spec.dropout, context=self.context
         )
+        if spec.kind == "lora":
+            bases = {name: layer.base for name, layer in self._layers.items()}
+            self.context.shapes = {name: (spec.rank, base.in_features, base.out_features) for name, base in bases.items()}
         self.head = nn.Linear(hidden_size(plm), spec.outputs)
         self.head_dropout = nn.Dropout(spec.dropout)
         self.folded = False
@@ -85,6 +94,30 @@ class PersonalizedModel(nn.Module):
     def from_pretrained(cls, spec: AdapterSpec, *, dtype: torch.dtype = torch.float32) -> PersonalizedModel:
         """Load the PLM that `spec.model` names and put fresh adapters in. Raises ModelError."""
         return cls(load_plm(spec.model, dtype=dtype), spec)
+
+    @property
+    def user_width(self) -> int:
+        """Numbers in a user's vector: user_dim, or for private matrices the sum of rank * (in + out) over the layers."""
+        if self.spec.kind == "lora":
+            return sum(rank * (inner + outer) for rank, inner, outer in self.context.shapes.values())
+        return self.spec.user_dim
+
+    def population_vector(self, shared: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The vector [user_width], float32, that makes a row a population row: zeros, or the population's matrices.
+
+        shared: `layers.{name}.A|B` to take instead of the model's own, which may be sharded.
+        """
+        if self.spec.kind == "plora":
+            return torch.zeros(self.spec.user_dim, device=self.head.weight.device)
+        parts: list[Tensor] = []
+        for name in self.context.shapes:
+            layer = self.plm.get_submodule(name)
+            parts += [getattr(layer, part) if shared is None else shared[f"layers.{name}.{part}"] for part in ("A", "B")]
+        return torch.cat([part.detach().float().flatten() for part in parts])
+
+    def user_matrices(self, vector: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """A [rank, in] and B [out, rank] of every layer in a vector [user_width] of the kind `lora`."""
+        return {name: (a[0], b[0]) for name, (a, b) in cut_matrices(vector.unsqueeze(0), self.context.shapes).items()}
 
     def train(self, mode: bool = True) -> PersonalizedModel:
         """Training mode reaches the adapters' and the head's dropout; the frozen PLM always runs as it does when serving."""
@@ -95,13 +128,16 @@ class PersonalizedModel(nn.Module):
         return self
 
     def represent(self, input_ids: Tensor, attention_mask: Tensor, user_vectors: Tensor | None = None) -> Tensor:
-        """Pooled text representations [batch, hidden]. user_vectors: [batch, d], or None for the population."""
-        self.context.vectors = user_vectors
+        """Pooled text representations [batch, hidden]. user_vectors: [users, user_width], or None for the population.
+
+        Raises ModelError unless batch is a multiple of users; the rows of a user are adjacent.
+        """
+        self.context.enter(user_vectors, len(input_ids))
         try:
             hidden = self.plm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         finally:
             if not torch.is_grad_enabled():  # with gradients on, checkpointed blocks read it again in the backward pass
-                self.context.vectors = None
+                self.context.leave()
         return pool(hidden, attention_mask, self.family.pooling)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, user_vectors: Tensor | None = None) -> Tensor:
@@ -113,10 +149,10 @@ class PersonalizedModel(nn.Module):
         return self.head(self.head_dropout(representation.to(self.head.weight.dtype))).float()
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters all users share and training learns: `layers.{name}.A|B|P` and `head.weight|bias`."""
+        """The parameters all users share and training learns: `layers.{name}.A|B` (and `P`) and `head.weight|bias`."""
         if self.folded:
-            raise ModelError("a folded model has no separate A, B and P any more: load the generation again")
-        shared = {f"layers.{name}.{part}": getattr(layer, part) for name, layer in self._layers.items() for part in ("A", "B", "P")}
+            raise ModelError("a folded model has no separate shared parameters any more: load the generation again")
+        shared = {f"layers.{name}.{part}": getattr(layer, part) for name, layer in self._layers.items() for part in layer.shared}
         return {**shared, "head.weight": self.head.weight, "head.bias": self.head.bias}
 
     def load_shared(self, tensors: dict[str, Tensor]) -> None:
@@ -131,7 +167,11 @@ class PersonalizedModel(nn.Module):
                 parameter.copy_(tensors[name])
 
     def fold(self) -> PersonalizedModel:
-        """Turn into the serving form, in place: W' = W + s B A, user terms as one product a layer. Returns self."""
+        """Turn into the serving form, in place, and return self.
+
+        plora: W' = W + s B A, user terms as one product a layer. lora: W stays, and every row's low-rank term is its own
+        user's, as one batched product a layer: with W + s B A a personal row would first have to take the population's off.
+        """
         if not self.folded:
             fold(self.plm, self._layers)
             self._layers = {}

@@ -56,9 +56,10 @@ class PopulationObjective(nn.Module):
         self.user_dropout = user_dropout
         self.mutual_information = mutual_information
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, user_vectors: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Scalar loss. user_vectors: [batch, d]; labels: [batch]; weights: [batch], 0 for rows that only keep ranks in step."""
-        kept = self._drop_users(user_vectors)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, user_vectors: Tensor | None, labels: Tensor, weights: Tensor) -> Tensor:
+        """Scalar loss. user_vectors: [batch, d], or None to train the population alone; labels: [batch]; weights: [batch], 0 for
+        rows that only keep ranks in step."""
+        kept = None if user_vectors is None else self._drop_users(user_vectors)
         information = self.mutual_information
         wanted = information.weight > 0 and self.training
         context = self.model.context

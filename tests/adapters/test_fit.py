@@ -135,3 +135,22 @@ def test_the_prior_has_the_vectors_mean_and_for_many_users_their_covariance() ->
     assert torch.isfinite(prior_from_moments(0, torch.zeros(DIM).double(), torch.zeros(DIM, DIM).double()).precision).all()
     kept = UserPrior.from_tensors(found.scaled(2.0).tensors())
     assert torch.allclose(torch.linalg.inv(kept.precision), 2 * torch.linalg.inv(found.precision))
+
+
+def test_the_variance_that_is_left_is_the_posteriors_share_of_the_priors_under_laplaces_approximation() -> None:
+    linear, texts, labels, users = random_problem(3, 3, 30, 3)
+    rows = users != 2  # the last user has none
+    chosen = prior(3)
+    fitted = solve_users(linear, texts[rows], labels[rows], users[rows], 3, chosen, "classification")
+    assert fitted.remaining[2].item() == pytest.approx(1.0, abs=1e-6)
+
+    def objective(p: torch.Tensor) -> torch.Tensor:
+        mine = users == 0
+        free = (linear.logits[:, :-1] - linear.logits[:, -1:]).double()[texts[mine]]
+        z = torch.nn.functional.pad(free + linear.jacobian.double()[texts[mine]] @ (p - linear.point.double()), (0, 1))
+        away = p - chosen.mean
+        return torch.nn.functional.cross_entropy(z, labels[mine], reduction="sum") + 0.5 * away @ chosen.precision @ away
+
+    hessian = torch.autograd.functional.hessian(objective, fitted.vectors[0].double())
+    expected = torch.trace(torch.linalg.inv(hessian) @ chosen.precision) / DIM
+    assert fitted.remaining[0].item() == pytest.approx(expected.item(), abs=1e-4) and expected < 0.99

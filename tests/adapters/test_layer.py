@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from plora_ray.adapters.layers import FoldedLinear, PLoRALinear, UserContext
+from plora_ray.adapters.context import UserContext
+from plora_ray.adapters.layers import FoldedLinear, PLoRALinear
 from plora_ray.adapters.objective import logit_divergence
 from plora_ray.errors import ModelError
 
@@ -32,14 +33,14 @@ def released_layer() -> PLoRALinear:
 )
 def test_the_layer_gives_the_released_codes_numbers(vectors: torch.Tensor | None, expected: str) -> None:
     layer = released_layer()
-    layer.context.vectors = vectors
+    layer.context.enter(vectors, 3)
     assert torch.allclose(layer(RELEASED["x"]), RELEASED[expected], atol=1e-12)
 
 
 def test_the_layer_is_the_papers_formula_written_out() -> None:
     layer = released_layer()
     x, p = RELEASED["x"], RELEASED["p"]
-    layer.context.vectors = p
+    layer.context.enter(p, len(p))
     for row in range(3):
         for token in range(5):
             low = RELEASED["A"] @ x[row, token] + RELEASED["P"] @ p[row]
@@ -53,15 +54,16 @@ def test_the_folded_layer_keeps_the_users_term_that_the_released_merge_loses() -
     with torch.no_grad():  # folding works in fp32; fold the released numbers in double to compare with them
         folded.weight.copy_(RELEASED["W"] + 2 * RELEASED["B"] @ RELEASED["A"])
         folded.user_map.copy_(2 * RELEASED["B"] @ RELEASED["P"])
-    layer.context.vectors = None
+    layer.context.enter(None, 3)
     assert torch.allclose(folded(RELEASED["x"]), RELEASED["y_merged_no_user"], atol=1e-12)
-    layer.context.vectors = RELEASED["p"]
+    layer.context.enter(RELEASED["p"], 3)
     assert torch.allclose(folded(RELEASED["x"]), RELEASED["y_user"], atol=1e-12)
 
 
 def test_the_recorded_effect_is_the_difference_between_adapter_outputs_with_and_without_the_user() -> None:
     layer = released_layer()
-    layer.context.vectors, layer.context.record_effects = RELEASED["p"], True
+    layer.context.enter(RELEASED["p"], 3)
+    layer.context.record_effects = True
     layer(RELEASED["x"])
     difference = RELEASED["mim_with"] - RELEASED["mim_without"]
     assert torch.allclose(layer.context.effects["layer"].unsqueeze(1).expand_as(difference), difference, atol=1e-12)
@@ -76,7 +78,7 @@ def test_a_new_layer_changes_nothing_and_leaves_the_frozen_weights_without_gradi
     base = nn.Linear(8, 8)
     layer = PLoRALinear(base, rank=2, alpha=4.0, user_dim=3, dropout=0.0, context=UserContext(), name="l")
     x, p = torch.randn(4, 6, 8), torch.randn(4, 3, requires_grad=True)
-    layer.context.vectors = p
+    layer.context.enter(p, len(p))
     assert torch.equal(layer(x), base(x))
     layer.B.data.normal_()
     layer(x).sum().backward()
@@ -86,6 +88,6 @@ def test_a_new_layer_changes_nothing_and_leaves_the_frozen_weights_without_gradi
 
 def test_a_layer_that_sees_flattened_rows_is_refused_with_the_reason() -> None:
     layer = PLoRALinear(nn.Linear(8, 8), rank=2, alpha=4.0, user_dim=3, dropout=0.0, context=UserContext(), name="l")
-    layer.context.vectors = torch.zeros(4, 3)
+    layer.context.enter(torch.zeros(4, 3), 4)
     with pytest.raises(ModelError, match="name other targets"):
         layer(torch.randn(24, 8))
