@@ -5,7 +5,7 @@ Knows arrays of predictions and labels; doesn't know how a prediction came about
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 
 from plora_ray.adapters.model import Task
 from plora_ray.evaluation.metrics import (
+    ClassificationTotals,
     Floats,
     Ints,
+    RegressionTotals,
     Scores,
     as_json,
-    bootstrap_by_user,
-    classification_scores,
-    means_by_user,
-    paired,
-    regression_scores,
+    bootstrap_ratios,
     row_nll,
 )
 
@@ -85,8 +83,114 @@ class Comparison:
             "rows": self.rows,
             "predictors": {name: scores.to_json() for name, scores in self.predictors.items()},
             "gain_over": gains,
-            **({"user_gains": _histogram(self.user_gains)} if self.user_gains.size else {}),
+            **({"user_gains": histogram(self.user_gains)} if self.user_gains.size else {}),
         }
+
+
+class ComparisonTotals:
+    """Rows of a comparison, added in pieces: holds totals, and of each user with rows one number a predictor and metric.
+
+    subject: the predictor whose gains are asked for. outputs: classes (1 for a regression).
+    """
+
+    def __init__(self, subject: str, task: Task, outputs: int) -> None:
+        self._subject, self._task, self._outputs = subject, task, outputs
+        self._scores: dict[str, ClassificationTotals | RegressionTotals] = {}
+        self._columns: list[tuple[str, str]] = []
+        self._costs = np.zeros(0)
+        self._user_costs: list[NDArray[np.float32]] = []
+        self._user_rows: list[NDArray[np.int32]] = []
+
+    def add(self, predicted: Mapping[str, Floats], labels: NDArray[np.number], row_users: Ints) -> None:
+        """Count all rows of some users, who mustn't come again; none is fine.
+
+        predicted: by name, log-probabilities [rows, classes], or values [rows] of a regression; the same names in every call.
+        """
+        if not len(labels):
+            return
+        costs = {(name, metric): cost for name, values in predicted.items() for metric, cost in self._row_costs(values, labels).items()}
+        if not self._columns:
+            self._columns, self._costs = list(costs), np.zeros(len(costs))
+            self._scores = {name: RegressionTotals() if self._regression else ClassificationTotals(self._outputs) for name in predicted}
+        for name, values in predicted.items():
+            self._scores[name].add(values, labels.astype(np.float64 if self._regression else np.int64))
+        _, index = np.unique(row_users, return_inverse=True)
+        self._costs += [cost.sum(dtype=np.float64) for cost in costs.values()]
+        self._user_costs.append(np.stack([np.bincount(index, weights=cost) for cost in costs.values()], axis=1).astype(np.float32))
+        self._user_rows.append(np.bincount(index).astype(np.int32))
+
+    def result(self, *, examples: int | None = None, seed: int = 0) -> Comparison:
+        """Everything added, which must be one row at least. examples: see Comparison."""
+        costs, rows = np.concatenate(self._user_costs), np.concatenate(self._user_rows)
+        gained = self._gained(list(self._scores))
+        sums = np.column_stack([costs, self._user_gains(costs, gained)])
+        means = [*self._costs, *(self._costs[over] - self._costs[own] for own, over in gained.values())] / rows.sum(dtype=np.int64)
+        found = [Interval(float(mean), *ends) for mean, ends in zip(means, bootstrap_ratios(sums, rows, seed), strict=True)]
+        values = {column: _as_value(column[1], found[index]) for index, column in enumerate(self._columns)}
+        by_user = {column: float((costs[:, index] / rows).mean(dtype=np.float64)) for index, column in enumerate(self._columns)}
+        gains: dict[str, dict[str, Interval]] = {over: {} for over in self._scores if over != self._subject}
+        for (over, metric), gain in zip(gained, found[len(self._columns) :], strict=True):
+            gains[over][metric] = gain
+        return Comparison(
+            subject=self._subject,
+            users=len(rows),
+            rows=int(rows.sum(dtype=np.int64)),
+            predictors={
+                name: PredictorScores(
+                    scores=self._scores[name].scores(),
+                    intervals={metric: value for (owner, metric), value in values.items() if owner == name},
+                    by_user={metric: abs(mean) for (owner, metric), mean in by_user.items() if owner == name},
+                )
+                for name in self._scores
+            },
+            gains=gains,
+            user_gains=self.user_gains("mse" if self._regression else "nll"),
+            examples=examples,
+        )
+
+    def user_gains(self, metric: str) -> Floats:
+        """[users with rows, as added] each user's mean gain over the population; empty where the subject is the population."""
+        own, population = (self._subject, metric), (POPULATION, metric)
+        if self._subject == POPULATION or population not in self._columns:
+            return np.empty(0)
+        costs, rows = np.concatenate(self._user_costs), np.concatenate(self._user_rows)
+        gains: Floats = (costs[:, self._columns.index(population)] - costs[:, self._columns.index(own)]) / rows
+        return gains
+
+    def gains_of(self, users: Ints, seed: int = 0) -> dict[str, Interval]:
+        """By metric, what the subject gains over the population on the rows of `users` (places in the order of adding)."""
+        gained = self._gained([POPULATION])
+        costs, rows = np.concatenate(self._user_costs)[users], np.concatenate(self._user_rows)[users]
+        sums = self._user_gains(costs, gained)
+        means = sums.sum(axis=0, dtype=np.float64) / rows.sum(dtype=np.int64)
+        ends = bootstrap_ratios(sums, rows, seed)
+        return {metric: Interval(float(mean), *end) for (_, metric), mean, end in zip(gained, means, ends, strict=True)}
+
+    @property
+    def _regression(self) -> bool:
+        return self._task == "regression"
+
+    def _gained(self, others: Sequence[str]) -> dict[tuple[str, str], tuple[int, int]]:
+        """By (other predictor, metric), the columns of the subject and of the other."""
+        place = {column: index for index, column in enumerate(self._columns)}
+        return {
+            (name, metric): (place[self._subject, metric], index)
+            for (name, metric), index in place.items()
+            if name in others and name != self._subject
+        }
+
+    @staticmethod
+    def _user_gains(costs: NDArray[np.float32], gained: Mapping[tuple[str, str], tuple[int, int]]) -> NDArray[np.float32]:
+        """[users, gains] sums over each user's rows."""
+        own, over = (np.array([pair[side] for pair in gained.values()], np.int64) for side in (0, 1))
+        return costs[:, over] - costs[:, own]
+
+    def _row_costs(self, predicted: Floats, labels: NDArray[np.number]) -> dict[str, Floats]:
+        """By metric, what every row [rows] adds to it, signed so that less is better."""
+        if self._regression:
+            return {"mse": (predicted - labels.astype(np.float64)) ** 2}
+        classes = labels.astype(np.int64)
+        return {"accuracy": -(predicted.argmax(axis=1) == classes).astype(np.float64), "nll": row_nll(predicted, classes)}
 
 
 def compare(
@@ -99,51 +203,22 @@ def compare(
     examples: int | None = None,
     seed: int = 0,
 ) -> Comparison:
-    """Score every predictor and pair `subject` with each other one.
+    """Score every predictor and pair `subject` with each other one: `ComparisonTotals` of rows that are all at hand.
 
     predicted: by name, log-probabilities [rows, classes], or values [rows] of a regression. Needs at least one row.
     """
-    costs = {name: _row_costs(values, labels, task) for name, values in predicted.items()}
-    metric = "nll" if task == "classification" else "mse"
-    own = costs[subject]
-    gains = {
-        over: {name: Interval(**paired(own[name], theirs[name], row_users, seed)) for name in theirs}
-        for over, theirs in costs.items()
-        if over != subject
-    }
-    personal = subject != POPULATION and POPULATION in costs
-    return Comparison(
-        subject=subject,
-        users=len(np.unique(row_users)),
-        rows=len(labels),
-        predictors={name: _scored(values, costs[name], labels, row_users, task, seed) for name, values in predicted.items()},
-        gains=gains,
-        user_gains=means_by_user(costs[POPULATION][metric] - own[metric], row_users) if personal else np.empty(0),
-        examples=examples,
-    )
+    totals = ComparisonTotals(subject, task, next(iter(predicted.values())).shape[-1] if task == "classification" else 1)
+    totals.add(predicted, labels, row_users)
+    return totals.result(examples=examples, seed=seed)
 
 
-def _row_costs(predicted: Floats, labels: NDArray[np.number], task: Task) -> dict[str, Floats]:
-    """By metric, what every row [rows] adds to it, signed so that less is better."""
-    if task == "regression":
-        return {"mse": (predicted - labels.astype(np.float64)) ** 2}
-    classes = labels.astype(np.int64)
-    return {"accuracy": -(predicted.argmax(axis=1) == classes).astype(np.float64), "nll": row_nll(predicted, classes)}
+def _as_value(metric: str, cost: Interval) -> Interval:
+    """Accuracy counts as a cost with the other sign."""
+    return Interval(-cost.mean, -cost.high, -cost.low) if metric == "accuracy" else cost
 
 
-def _scored(
-    predicted: Floats, costs: dict[str, Floats], labels: NDArray[np.number], row_users: Ints, task: Task, seed: int
-) -> PredictorScores:
-    values = {name: -cost if name == "accuracy" else cost for name, cost in costs.items()}
-    regression = task == "regression"
-    return PredictorScores(
-        scores=regression_scores(predicted, labels.astype(float)) if regression else classification_scores(predicted, labels.astype(int)),
-        intervals={name: Interval(float(value.mean()), *bootstrap_by_user(value, row_users, seed)) for name, value in values.items()},
-        by_user={name: float(means_by_user(value, row_users).mean()) for name, value in values.items()},
-    )
-
-
-def _histogram(gains: Floats) -> dict[str, Any]:
+def histogram(gains: Floats) -> dict[str, Any]:
+    """The users' gains as plain values: bin edges, users in each bin, share of users who are better off."""
     counts, edges = np.histogram(gains, bins=HISTOGRAM_BINS)
     better = float((gains > 0).mean())
     return {"edges": [round(float(edge), 5) for edge in edges], "users": counts.tolist(), "share_better": round(better, 5)}

@@ -1,4 +1,7 @@
-"""Figures of merit from labels and logits, over rows and over users, with bootstrap intervals. Pure numpy and scikit-learn."""
+"""Figures of merit from labels and logits, over rows and over users, with bootstrap intervals. Pure numpy.
+
+Scores come from totals that rows are added to in any number of pieces, so nothing here needs all rows at once.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import f1_score
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
 BOOTSTRAP_ROUNDS = 1000
 BOOTSTRAP_DRAWS_AT_ONCE = 4_000_000  # of users: bounds the index arrays to some tens of megabytes
+NORMAL_ABOVE_USERS = 50_000  # from here the means are normal to three digits, and their variance needs no draws
 
 
 @dataclass(frozen=True)
@@ -51,44 +54,101 @@ def row_nll(log_probabilities: Floats, labels: Ints) -> Floats:
     return nll
 
 
+class ClassificationTotals:
+    """What `rows` so far add up to, over `classes` classes; numbers of rows that were right, labelled and answered so, by class."""
+
+    def __init__(self, classes: int) -> None:
+        self._right, self._labelled, self._chosen = np.zeros((3, classes), np.int64)
+        self._nll = 0.0
+
+    def add(self, log_probabilities: Floats, labels: Ints) -> None:
+        """Count log-probabilities [rows, classes] against class indices [rows]."""
+        chosen, classes = log_probabilities.argmax(axis=1), len(self._right)
+        self._right += np.bincount(labels[chosen == labels], minlength=classes)
+        self._labelled += np.bincount(labels, minlength=classes)
+        self._chosen += np.bincount(chosen, minlength=classes)
+        self._nll += float(row_nll(log_probabilities, labels).sum(dtype=np.float64))
+
+    def scores(self) -> ClassificationScores:
+        """Scores of everything added, which must be one row at least."""
+        rows, present = int(self._labelled.sum()), self._labelled > 0
+        f1 = 2 * self._right[present] / (self._labelled + self._chosen)[present]
+        return ClassificationScores(rows, float(self._right.sum() / rows), float(f1.mean()), self._nll / rows)
+
+
+class RegressionTotals:
+    """What `rows` so far add up to. The labels' spread is merged piece by piece (Chan, Golub and LeVeque 1979): no cancellation."""
+
+    def __init__(self) -> None:
+        self._rows, self._squares, self._absolute = 0, 0.0, 0.0
+        self._mean, self._spread = 0.0, 0.0
+
+    def add(self, predicted: Floats, labels: Floats) -> None:
+        """Count predictions [rows] against values [rows]."""
+        if not len(labels):
+            return
+        error, rows = predicted - labels, self._rows + len(labels)
+        self._squares += float((error**2).sum(dtype=np.float64))
+        self._absolute += float(np.abs(error).sum(dtype=np.float64))
+        away = float(labels.mean(dtype=np.float64)) - self._mean
+        self._spread += float(labels.var(dtype=np.float64)) * len(labels) + away**2 * self._rows * len(labels) / rows
+        self._mean += away * len(labels) / rows
+        self._rows = rows
+
+    def scores(self) -> RegressionScores:
+        """Scores of everything added, which must be one row at least."""
+        rows = self._rows
+        r2 = 1 - self._squares / self._spread if self._spread else 0.0
+        return RegressionScores(rows, self._squares / rows, self._absolute / rows, r2)
+
+
 def classification_scores(log_probabilities: Floats, labels: Ints) -> ClassificationScores:
     """Scores of log-probabilities [rows, classes] against class indices [rows]; needs at least one row."""
-    chosen = log_probabilities.argmax(axis=1)
-    return ClassificationScores(
-        rows=len(labels),
-        accuracy=float((chosen == labels).mean()),
-        macro_f1=float(f1_score(labels, chosen, average="macro", labels=np.unique(labels), zero_division=0)),
-        nll=float(row_nll(log_probabilities, labels).mean()),
-    )
+    totals = ClassificationTotals(log_probabilities.shape[1])
+    totals.add(log_probabilities, labels)
+    return totals.scores()
 
 
 def regression_scores(predicted: Floats, labels: Floats) -> RegressionScores:
     """Scores of predictions [rows] against values [rows]; needs at least one row."""
-    error = predicted - labels
-    variance = float(labels.var())
-    mse = float((error**2).mean())
-    return RegressionScores(len(labels), mse, float(np.abs(error).mean()), 1 - mse / variance if variance else 0.0)
+    totals = RegressionTotals()
+    totals.add(predicted, labels)
+    return totals.scores()
+
+
+def bootstrap_ratios(sums: Floats | Ints, rows: Floats | Ints, seed: int = 0) -> list[tuple[float, float]]:
+    """95 % intervals of the mean over rows of each column, when whole users are drawn with replacement.
+
+    sums: [users, columns] of each user's rows; rows: [users] how many they are. All columns see the same draws. With more than
+    NORMAL_ABOVE_USERS users, the normal interval of a ratio of sums.
+    """
+    if len(rows) > NORMAL_ABOVE_USERS:
+        return _normal_ratios(sums, rows)
+    generator, users = np.random.default_rng(seed), len(rows)
+    columns = np.column_stack([sums, rows]).astype(np.float64)
+    means: list[Floats] = []
+    while (left := BOOTSTRAP_ROUNDS - len(means)) > 0:
+        for drawn in generator.integers(0, users, (min(left, max(1, BOOTSTRAP_DRAWS_AT_ONCE // users)), users)):
+            totals = np.bincount(drawn, minlength=users) @ columns
+            means.append(totals[:-1] / totals[-1])
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
+
+
+def _normal_ratios(sums: Floats | Ints, rows: Floats | Ints) -> list[tuple[float, float]]:
+    """Delta method, one column at a time: variance of sum(s) / sum(n) over users = sum((s - mean n)^2) / sum(n)^2."""
+    total, intervals = float(rows.sum(dtype=np.float64)), []
+    for column in sums.T:
+        mean = float(column.sum(dtype=np.float64)) / total
+        half = 1.96 * float(np.sqrt(((column - mean * rows) ** 2).sum(dtype=np.float64))) / total
+        intervals.append((mean - half, mean + half))
+    return intervals
 
 
 def bootstrap_by_user(values: Floats, users: Ints, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean of `values` [rows] when whole users [rows] are drawn with replacement."""
     _, index = np.unique(users, return_inverse=True)
-    count = int(index.max()) + 1
-    sums, rows = np.bincount(index, weights=values, minlength=count), np.bincount(index, minlength=count)
-    generator = np.random.default_rng(seed)
-    means: list[Floats] = []
-    while (left := BOOTSTRAP_ROUNDS - sum(map(len, means))) > 0:
-        drawn = generator.integers(0, count, (min(left, max(1, BOOTSTRAP_DRAWS_AT_ONCE // count)), count))
-        means.append(sums[drawn].sum(axis=1) / rows[drawn].sum(axis=1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def means_by_user(values: Floats, users: Ints) -> Floats:
-    """The mean of `values` [rows] of each user that occurs in `users` [rows], in ascending order of users."""
-    _, index = np.unique(users, return_inverse=True)
-    means: Floats = np.bincount(index, weights=values) / np.bincount(index)
-    return means
+    return bootstrap_ratios(np.bincount(index, weights=values)[:, None], np.bincount(index), seed)[0]
 
 
 def label_prior_log_probabilities(label_counts: Floats, users: Ints, population: Floats, strength: float = 2.0) -> Floats:

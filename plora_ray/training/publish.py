@@ -6,25 +6,14 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-from plora_ray.adapters.labels import LabelSpace
 from plora_ray.data.stats import PartitionStats
 from plora_ray.data.synthetic import SyntheticParams, ceilings
 from plora_ray.errors import StoreError
-from plora_ray.evaluation.metrics import (
-    as_json,
-    classification_scores,
-    label_prior_log_probabilities,
-    log_softmax,
-    paired,
-    regression_scores,
-    row_nll,
-)
 from plora_ray.store import AdapterStore
 from plora_ray.store.manifest import ModelRef
 from plora_ray.training.rank import KIND, Assignment
-from plora_ray.training.run_state import RunState, WaveOutcome
+from plora_ray.training.run_state import RunState
+from plora_ray.training.scores import WaveTotals
 
 
 @dataclass(frozen=True)
@@ -51,14 +40,13 @@ def publish(
     """
     manifest = store.manifest(assignment.generation)
     if manifest is None:
-        outcomes = run.load_waves(wave.index for wave in assignment.waves)
-        users = _users_of(assignment, outcomes, store)
+        totals = _add_up(assignment, run, stats, len(store.tombstones()))
         writer = store.begin(assignment.generation, KIND)
-        report = build_report(assignment, stats, outcomes, seconds)
+        report = build_report(assignment, stats, totals, seconds)
         writer.write_side_object("report.json", json.dumps(report, indent=1).encode())
         spec = assignment.settings.adapter_spec(assignment.labels.outputs)
         manifest = writer.commit(
-            expected_users=users,
+            expected_users=totals.users,
             model=ModelRef(name=spec.model, weight_hash=weight_hash),
             adapter_config={
                 "spec": spec.to_json(), "labels": assignment.labels.to_json(), "max_length": assignment.settings.model.max_length,
@@ -78,66 +66,35 @@ def publish(
     )
 
 
-def _users_of(assignment: Assignment, outcomes: dict[int, WaveOutcome], store: AdapterStore) -> int:
-    """Users that the waves hold. Every wave must have run; only users erased since the plan may be missing from one."""
-    erased = len(store.tombstones())
-    missing = [wave.index for wave in assignment.waves if wave.index not in outcomes]
+def _add_up(assignment: Assignment, run: RunState, stats: PartitionStats, erased: int) -> WaveTotals:
+    """All waves' outcomes. Every wave must have run; only users erased since the plan may be missing from one."""
+    totals, missing = WaveTotals(assignment.labels, stats), {wave.index for wave in assignment.waves}
+    for index, outcome in run.load_waves(sorted(missing)):
+        totals.add(outcome)
+        missing.discard(index)
     if missing:
-        raise StoreError(f"{len(missing)} of {len(assignment.waves)} waves are not trained (the first is {missing[0]}): run the job again")
+        raise StoreError(
+            f"{len(missing)} of {len(assignment.waves)} waves are not trained (the first is {min(missing)}): run the job again"
+        )
     planned = sum(wave.stop - wave.start for wave in assignment.waves)
-    users = sum(len(outcome.examples) for outcome in outcomes.values())
-    if not planned - erased <= users <= planned:
-        raise StoreError(f"the waves hold {users} users, but {planned} were planned and {erased} erased: run the job again")
-    return users
+    if not planned - erased <= totals.users <= planned:
+        raise StoreError(f"the waves hold {totals.users} users, but {planned} were planned and {erased} erased: run the job again")
+    return totals
 
 
-def build_report(assignment: Assignment, stats: PartitionStats, outcomes: dict[int, WaveOutcome], seconds: float) -> dict[str, Any]:
+def build_report(assignment: Assignment, stats: PartitionStats, totals: WaveTotals, seconds: float) -> dict[str, Any]:
     """What was trained and, if there are test rows, how well it predicts them with and without the user. No user ids, no texts."""
     report: dict[str, Any] = {
         "generation": assignment.generation,
         "seconds": round(seconds, 1),
-        "users": sum(len(outcome.examples) for outcome in outcomes.values()),
+        "users": totals.users,
         "rows": {split: stats.rows(split) for split in ("train", "validation", "test")},
         "bad_rows_skipped": stats.skipped,
         "labels": assignment.labels.to_json(),
         "settings": assignment.settings.model_dump(mode="json", exclude={"serving": True, "data": {"storage_options"}}),
     }
-    merged = _merge(outcomes)
-    if merged is not None and len(merged.labels):
-        report["test"] = _test_scores(merged, assignment.labels)
+    if totals.tested:
+        report["test"] = totals.to_json()
     if assignment.settings.data.source.startswith("synthetic:"):
         report["ceilings"] = asdict(ceilings(SyntheticParams.from_url(assignment.settings.data.source)))
     return report
-
-
-def _merge(outcomes: dict[int, WaveOutcome]) -> WaveOutcome | None:
-    """All waves as one, users numbered through."""
-    if not outcomes:
-        return None
-    parts = [outcomes[wave] for wave in sorted(outcomes)]
-    starts = np.cumsum([0, *(len(part.examples) for part in parts)])
-    merged: dict[str, np.ndarray] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
-    merged["row_users"] = np.concatenate([part.row_users + start for part, start in zip(parts, starts[:-1], strict=True)])
-    return WaveOutcome(**merged)
-
-
-def _test_scores(merged: WaveOutcome, labels: LabelSpace) -> dict[str, Any]:
-    if labels.task == "regression":
-        true = merged.labels * labels.std + labels.mean
-        predicted, without = (logits[:, 0] * labels.std + labels.mean for logits in (merged.personal, merged.population))
-        return {
-            "with_user": as_json(regression_scores(predicted, true)),
-            "without_user": as_json(regression_scores(without, true)),
-            "squared_error_gain": paired((predicted - true) ** 2, (without - true) ** 2, merged.row_users),
-        }
-    personal, population = log_softmax(merged.personal), log_softmax(merged.population)
-    frequencies = merged.label_counts.sum(axis=0) / merged.label_counts.sum()
-    prior = label_prior_log_probabilities(merged.label_counts, merged.row_users, frequencies)
-    correct = [(scores.argmax(axis=1) == merged.labels).astype(float) for scores in (personal, population)]
-    return {
-        "with_user": as_json(classification_scores(personal, merged.labels)),
-        "without_user": as_json(classification_scores(population, merged.labels)),
-        "user_label_prior": as_json(classification_scores(prior, merged.labels)),
-        "accuracy_gain": paired(-correct[0], -correct[1], merged.row_users),
-        "nll_gain": paired(row_nll(personal, merged.labels), row_nll(population, merged.labels), merged.row_users),
-    }

@@ -11,7 +11,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from plora_ray.config import Settings
 from plora_ray.store.objects import ObjectStore
 
 RUNS = "runs"
+WAVES_AT_ONCE = 4  # outcomes read at the same time when the report is made; bounds memory
 # What may change between two starts of the same run: it shapes how the work is done, not what comes out.
 _FREE_SETTINGS = {"num_workers", "use_gpu", "sharding", "max_failures"}
 
@@ -101,10 +102,12 @@ class RunState:
         arrays = {name: np.ascontiguousarray(values) for name, values in vars(outcome).items()}
         self._objects.write(self._wave_path(wave), save_arrays(arrays))
 
-    def load_waves(self, waves: Iterable[int]) -> dict[int, WaveOutcome]:
-        """The outcomes kept of `waves`."""
-        paths = {self._wave_path(wave): wave for wave in waves}
-        return {paths[path]: WaveOutcome(**load_arrays(data)) for path, data in self._objects.read_many(list(paths)).items()}
+    def load_waves(self, waves: Sequence[int]) -> Iterator[tuple[int, WaveOutcome]]:
+        """The outcomes kept of `waves`, in that order, a few in memory at a time."""
+        for start in range(0, len(waves), WAVES_AT_ONCE):
+            paths = {self._wave_path(wave): wave for wave in waves[start : start + WAVES_AT_ONCE]}
+            for path, data in self._objects.read_many(paths).items():
+                yield paths[path], WaveOutcome(**load_arrays(data))
 
     def delete(self) -> None:
         """Drop the whole folder; run.json last, so that a half-deleted run is still recognised."""

@@ -41,6 +41,34 @@ def test_regression_scores_are_those_of_scikit_learn() -> None:
     assert scores.r2 == pytest.approx(r2_score(labels, predicted))
 
 
+@pytest.mark.parametrize("pieces", [1, 7])
+def test_scores_added_up_in_pieces_are_those_of_all_rows(pieces: int) -> None:
+    generator = np.random.default_rng(7)
+    labels, values = generator.integers(0, 5, 400), generator.normal(1000, 1, 400)
+    log_probabilities = metrics.log_softmax(generator.normal(size=(400, 5)))
+    predicted = values + generator.normal(size=400)
+    classes, numbers = metrics.ClassificationTotals(5), metrics.RegressionTotals()
+    for rows in np.array_split(np.arange(400), pieces):
+        classes.add(log_probabilities[rows], labels[rows])
+        numbers.add(predicted[rows], values[rows])
+    scores, errors = classes.scores(), numbers.scores()
+    assert scores.macro_f1 == pytest.approx(f1_score(labels, log_probabilities.argmax(axis=1), average="macro"))
+    assert scores.nll == pytest.approx(log_loss(labels, np.exp(log_probabilities)))
+    assert errors.r2 == pytest.approx(r2_score(values, predicted), abs=1e-9)
+    assert errors.mae == pytest.approx(mean_absolute_error(values, predicted))
+
+
+def test_the_interval_of_many_users_needs_no_draws_and_is_the_bootstraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(8)
+    rows = generator.integers(1, 9, 3000)
+    sums = rows[:, None] * generator.normal(1, 2, (3000, 2)) + generator.normal(size=(3000, 2))
+    drawn = metrics.bootstrap_ratios(sums, rows)
+    monkeypatch.setattr(metrics, "NORMAL_ABOVE_USERS", 100)
+    for (low, high), (low_drawn, high_drawn) in zip(metrics.bootstrap_ratios(sums, rows), drawn, strict=True):
+        assert high - low == pytest.approx(high_drawn - low_drawn, rel=0.1)
+        assert (low + high) / 2 == pytest.approx((low_drawn + high_drawn) / 2, abs=0.1 * (high - low))
+
+
 def test_the_bootstrap_draws_whole_users(users: np.ndarray) -> None:
     values = GENERATOR.normal(size=len(users)) + users  # rows of a user are alike, so users are what varies
     means, generator = [], np.random.default_rng(5)
@@ -70,10 +98,13 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     assert 88 <= held <= 100
 
 
-def test_means_by_user_count_every_user_once(users: np.ndarray) -> None:
-    values = GENERATOR.normal(size=len(users))
-    expected = [values[users == user].mean() for user in sorted(set(users.tolist()))]
-    np.testing.assert_allclose(metrics.means_by_user(values, users), expected)
+def test_means_over_users_count_every_user_once(users: np.ndarray) -> None:
+    generator = np.random.default_rng(9)
+    labels = generator.integers(0, 2, len(users))
+    log_probabilities = metrics.log_softmax(generator.normal(size=(len(users), 2)))
+    found = compare(WITH_USER, {WITH_USER: log_probabilities}, labels, users, "classification").predictors[WITH_USER].by_user
+    nll = metrics.row_nll(log_probabilities, labels)
+    assert found["nll"] == pytest.approx(np.mean([nll[users == user].mean() for user in set(users.tolist())]))
 
 
 def test_a_gain_is_positive_when_the_subject_is_better_and_is_paired_by_row(users: np.ndarray) -> None:
@@ -84,7 +115,7 @@ def test_a_gain_is_positive_when_the_subject_is_better_and_is_paired_by_row(user
     nll = found.gains[POPULATION]["nll"]
     assert (nll.mean, nll.low, nll.high) == pytest.approx((np.log(0.9 / 0.5),) * 3)  # the same for every row: no uncertainty
     assert found.gains[POPULATION]["accuracy"].mean == pytest.approx((labels == 1).mean())
-    np.testing.assert_allclose(found.user_gains, np.log(0.9 / 0.5))
+    np.testing.assert_allclose(found.user_gains, np.log(0.9 / 0.5), rtol=1e-6)
 
 
 def test_the_label_prior_draws_a_users_labels_towards_everybodys() -> None:
