@@ -178,7 +178,7 @@ def _tell_rest(settings: Settings, published: dict[str, Any]) -> None:
     console.print(
         f"A user weighs {record} bytes; a million users {record * 10**6 / 2**20:,.0f} MiB.\n"
         f"Adapters and manifest   {store.uri}/generations/{published['generation']}\n"
-        f"Report                  {published['report']}\n"
+        f"Report                  {published['report_html']}\n"
         "Everything that was started is stopped again.\n\n"
         "Next: serve it yourself  plora serve --config deployments/quickstart.yaml   (after: source .venv/bin/activate)\n"
         "      your own data      docs/train.md\n"

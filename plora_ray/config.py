@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -77,6 +78,21 @@ class AdamSettings(_Section):
     pull: float = Field(1.0, ge=0)
 
 
+class MlflowSettings(_Section):
+    """An MLflow tracking server, or a file: or sqlite: URI of one. Credentials: MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN."""
+
+    tracking_uri: str
+    experiment: str = Field("plora", min_length=1)
+
+    @model_validator(mode="after")
+    def _no_password(self) -> MlflowSettings:
+        if urlsplit(self.tracking_uri).username is not None:
+            raise ValueError(
+                "tracking_uri holds a user name or password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return self
+
+
 class TrainingSettings(_Section):
     """Both training stages.
 
@@ -84,6 +100,7 @@ class TrainingSettings(_Section):
     over the ranks, replicated keeps a copy on each, auto shards when a copy would take over half of a device's memory.
     user_solver: what fits users once everything shared is frozen; auto takes newton for kind plora, adam for kind lora.
     user_dropout: rho. batch_rows / batch_tokens bound a batch; users_per_wave is the unit of resume.
+    tensorboard_dir: where the driver writes event files; None: nowhere. mlflow: a server that hears of the run; None: none.
     """
 
     num_workers: int | Literal["auto"] = "auto"
@@ -106,6 +123,8 @@ class TrainingSettings(_Section):
     partitions: int = Field(8, ge=1, le=65536)
     max_failures: int = Field(3, ge=0)
     seed: int = Field(0, ge=0)
+    tensorboard_dir: Path | None = None
+    mlflow: MlflowSettings | None = None
 
     @model_validator(mode="after")
     def _workers(self) -> TrainingSettings:

@@ -74,6 +74,11 @@ class Comparison:
     user_gains: Floats = field(repr=False)
     examples: int | None = None
 
+    @property
+    def loss(self) -> str:
+        """What user_gains are in: nll or mse."""
+        return "nll" if "nll" in self.predictors[self.subject].intervals else "mse"
+
     def to_json(self) -> dict[str, Any]:
         gains = {over: {metric: gain.to_json() for metric, gain in found.items()} for over, found in self.gains.items()}
         return {
@@ -121,7 +126,7 @@ class ComparisonTotals:
 
     def result(self, *, examples: int | None = None, seed: int = 0) -> Comparison:
         """Everything added, which must be one row at least. examples: see Comparison."""
-        costs, rows = np.concatenate(self._user_costs), np.concatenate(self._user_rows)
+        costs, rows = self._by_user()
         gained = self._gained(list(self._scores))
         sums = np.column_stack([costs, self._user_gains(costs, gained)])
         means = [*self._costs, *(self._costs[over] - self._costs[own] for own, over in gained.values())] / rows.sum(dtype=np.int64)
@@ -153,18 +158,23 @@ class ComparisonTotals:
         own, population = (self._subject, metric), (POPULATION, metric)
         if self._subject == POPULATION or population not in self._columns:
             return np.empty(0)
-        costs, rows = np.concatenate(self._user_costs), np.concatenate(self._user_rows)
+        costs, rows = self._by_user()
         gains: Floats = (costs[:, self._columns.index(population)] - costs[:, self._columns.index(own)]) / rows
         return gains
 
     def gains_of(self, users: Ints, seed: int = 0) -> dict[str, Interval]:
         """By metric, what the subject gains over the population on the rows of `users` (places in the order of adding)."""
         gained = self._gained([POPULATION])
-        costs, rows = np.concatenate(self._user_costs)[users], np.concatenate(self._user_rows)[users]
-        sums = self._user_gains(costs, gained)
+        costs, rows = self._by_user()
+        sums, rows = self._user_gains(costs[users], gained), rows[users]
         means = sums.sum(axis=0, dtype=np.float64) / rows.sum(dtype=np.int64)
         ends = bootstrap_ratios(sums, rows, seed)
         return {metric: Interval(float(mean), *end) for (_, metric), mean, end in zip(gained, means, ends, strict=True)}
+
+    def _by_user(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Sums of costs [users, columns] and numbers of rows [users]; from now on in one piece."""
+        self._user_costs, self._user_rows = [np.concatenate(self._user_costs)], [np.concatenate(self._user_rows)]
+        return self._user_costs[0], self._user_rows[0]
 
     @property
     def _regression(self) -> bool:

@@ -5,7 +5,7 @@ Knows comparisons and matplotlib; doesn't know files or HTML.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -15,28 +15,41 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from plora_ray.evaluation.comparison import HISTOGRAM_BINS, LABEL_PRIOR, POPULATION, WITH_USER, Comparison
+from plora_ray.evaluation.metrics import Floats
 
 COLOURS = {WITH_USER: "#1a6fb5", POPULATION: "#777777", LABEL_PRIOR: "#c98a1b"}
 NAMES = {WITH_USER: "with user", POPULATION: "without user", LABEL_PRIOR: "the user's own labels"}
+WORSE = "#b3261e"
+GAIN_NAMES = {
+    "nll": "fall of the user's negative log-likelihood",
+    "mse": "fall of the user's mean squared error",
+    "accuracy": "rise of the user's accuracy",
+}
 METRIC_NAMES = {"nll": "negative log-likelihood (less is better)", "mse": "mean squared error (less is better)", "accuracy": "accuracy"}
 
 
-def gain_per_user(comparison: Comparison) -> bytes:
-    """Histogram of the users' own gains over the population."""
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.subplots()
-    gains = comparison.user_gains
-    low, high = np.percentile(gains, [0.5, 99.5]) if len(gains) > 1 else (gains[0] - 1, gains[0] + 1)
-    axes.hist(np.clip(gains, low, high), bins=HISTOGRAM_BINS, color=COLOURS[WITH_USER], alpha=0.85)
-    axes.axvline(0, color="black", linewidth=1)
-    axes.axvline(float(gains.mean()), color="#b3261e", linewidth=1.5, linestyle="--", label="mean over users")
-    loss = "negative log-likelihood" if "nll" in comparison.gains[POPULATION] else "mean squared error"
-    axes.set_xlabel(f"reduction of the user's {loss} (right of 0: better)")
+def gain_histograms(gains: Mapping[str, Floats]) -> bytes:
+    """By metric, a histogram of the users' own gains [users] over the population; users without a difference have a bar of their own."""
+    figure = Figure(figsize=(6.4 if len(gains) == 1 else 4.8 * len(gains), 3.4), layout="constrained")
+    for axes, (metric, values) in zip(figure.subplots(1, len(gains), squeeze=False)[0], gains.items(), strict=True):
+        _gain_histogram(axes, metric, values)
+    return as_png(figure)
+
+
+def _gain_histogram(axes: Axes, metric: str, gains: Floats) -> None:
+    low, high = np.percentile(gains, [0.5, 99.5])
+    width = max(high - low, 1e-6) / HISTOGRAM_BINS
+    bins = np.rint(np.clip(gains, low, high) / width)  # the middle one is centred on zero
+    places, users = np.unique(bins, return_counts=True)
+    colours = [WORSE if place < 0 else COLOURS[WITH_USER] if place > 0 else COLOURS[POPULATION] for place in places]
+    axes.bar(places * width, users, width=width, color=colours, alpha=0.85)
+    axes.axvline(float(gains.mean()), color="black", linewidth=1.2, linestyle="--", label="mean over users")
+    axes.set_xlabel(GAIN_NAMES[metric])
     axes.set_ylabel("users")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"Gain per user, {(gains > 0).mean():.0%} of {len(gains):,} users are better off", fontsize=10)
+    better, worse = (gains > 0).mean(), (gains < 0).mean()
+    axes.set_title(f"{better:.0%} of {len(gains):,} users better off, {worse:.0%} worse", fontsize=10)
     axes.legend(frameon=False)
-    return _png(figure)
 
 
 def few_shot_curves(points: Sequence[Comparison]) -> bytes:
@@ -47,7 +60,7 @@ def few_shot_curves(points: Sequence[Comparison]) -> bytes:
     for axes, metric in zip(panels, metrics, strict=True):
         _curve(axes, points, metric)
     panels[0].legend(frameon=False, fontsize=8)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _curve(axes: Axes, points: Sequence[Comparison], metric: str) -> None:
@@ -64,7 +77,7 @@ def _curve(axes: Axes, points: Sequence[Comparison], metric: str) -> None:
     axes.set_title(METRIC_NAMES[metric], fontsize=10)
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
     """Drawn without pyplot, whose global state isn't safe in threads and needs a display on some machines."""
     buffer = BytesIO()
     FigureCanvasAgg(figure)  # attaches itself

@@ -5,7 +5,6 @@ report.html stands alone (style and pictures inside), so it can be mailed or kep
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +14,9 @@ from typing import Any
 
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
-from plora_ray.evaluation.comparison import (
-    LABEL_PRIOR,
-    MAJORITY,
-    POPULATION,
-    WITH_USER,
-    Comparison,
-    Interval,
-    PredictorScores,
-)
-from plora_ray.evaluation.metrics import as_json
-from plora_ray.evaluation.plots import few_shot_curves, gain_per_user
+from plora_ray.evaluation.comparison import Comparison
+from plora_ray.evaluation.page import INTERVALS, comparison_table, page, picture, table
+from plora_ray.evaluation.plots import few_shot_curves, gain_histograms
 from plora_ray.evaluation.verdict import verdict
 
 GAIN_PLOT, FEW_PLOT = "gain_per_user.png", "few_shot.png"
@@ -34,21 +25,6 @@ TITLES = {
     "few": "Few-shot: new users with a few examples",
     "zero": "Zero-shot: new users without examples",
 }
-PREDICTORS = {
-    WITH_USER: "with user",
-    POPULATION: "without user (population)",
-    LABEL_PRIOR: "the user's own labels, no text",
-    MAJORITY: "everybody's labels, no text",
-}
-METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "mse": "MSE", "mae": "MAE", "r2": "R²"}
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ddd}
-.verdict{background:#eef4fa;border-left:4px solid #1a6fb5;padding:.8rem 1rem}
-table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #eee}
-th:first-child,td:first-child{text-align:left}tr.subject{font-weight:600;background:#f6f9fc}
-small,.interval{color:#777;font-weight:400}.better{color:#17803d}.worse{color:#b3261e}img{max-width:100%}
-"""
 
 
 @dataclass(frozen=True)
@@ -115,28 +91,22 @@ def write_report(evaluation: Evaluation, out: Path) -> dict[str, Any]:
 
 def _plots(evaluation: Evaluation) -> dict[str, bytes]:
     full, few = evaluation.comparisons("full"), evaluation.comparisons("few")
-    plots = {GAIN_PLOT: gain_per_user(full[0])} if full else {}
+    plots = {GAIN_PLOT: gain_histograms({full[0].loss: full[0].user_gains})} if full else {}
     return {**plots, FEW_PLOT: few_shot_curves(few)} if few else plots
 
 
 def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
     """The page, with the plots inside."""
-    pictures = {name: _picture(name, png) for name, png in plots.items()}
+    pictures = {name: picture(name, png) for name, png in plots.items()}
     sections = [_section(result, pictures) for result in evaluation.results]
-    named = [(escape(name.replace("_", " ")), escape(_plain(value))) for name, value in evaluation.data.items()]
-    data = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in named)
-    title = f"Evaluation of generation {escape(evaluation.generation)}"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>\n'
-        f"<h1>{title}</h1>\n<p>Model {escape(evaluation.model)}, {escape(evaluation.labels.task)}.</p>\n"
-        f'<p class="verdict">{escape(evaluation.verdict())}</p>\n' + "\n".join(sections) + "\n<h2>Data</h2>\n<table>" + data + "</table>\n"
-        "<p><small>Intervals: 95 %, bootstrap over whole users. Gains are paired on the same rows; positive is better for every metric. "
-        "Everybody's labels are those of all training rows in this data.</small></p>\n</body></html>\n"
+    data = table([], [[name.replace("_", " "), _plain(value)] for name, value in evaluation.data.items()])
+    return page(
+        f"Evaluation of generation {evaluation.generation}",
+        evaluation.verdict(),
+        f"<p>Model {escape(evaluation.model)}, {escape(evaluation.labels.task)}.</p>",
+        [*sections, f"<h2>Data</h2>\n{data}"],
+        f"{INTERVALS} Everybody's labels are those of all training rows in this data.",
     )
-
-
-def _picture(name: str, png: bytes) -> str:
-    return f'<p><img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
 
 
 def _section(result: ProtocolResult, pictures: dict[str, str]) -> str:
@@ -145,42 +115,7 @@ def _section(result: ProtocolResult, pictures: dict[str, str]) -> str:
         return f"{head}\n<p>Skipped: {escape(result.skipped)}.</p>"
     picture = pictures.get({"full": GAIN_PLOT, "few": FEW_PLOT}.get(result.name, ""), "")
     note = f"<p>{escape(result.note)}.</p>" if result.note else ""
-    return "\n".join([head, picture, note, *(_table(comparison) for comparison in result.comparisons)])
-
-
-def _table(comparison: Comparison) -> str:
-    """Predictors down, metrics across, and at the right what the subject gains over each."""
-    metrics = [name for name in as_json(comparison.predictors[comparison.subject].scores) if name != "rows"]
-    gained = list(next(iter(comparison.gains.values()), {}))
-    head = ["", *(METRICS[name] for name in metrics), *(f"gain over it, {METRICS[name]}" for name in gained)]
-    lines = []
-    for name, title in PREDICTORS.items():
-        if name in comparison.predictors:
-            cells = [title, *(_score(comparison.predictors[name], metric) for metric in metrics)]
-            cells += [_gain(metric, comparison.gains[name][metric]) if name in comparison.gains else "" for metric in gained]
-            subject = ' class="subject"' if name == comparison.subject else ""
-            lines.append(f"<tr{subject}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    shots = f"{comparison.examples} example{'' if comparison.examples == 1 else 's'} a user: " if comparison.examples else ""
-    header, body = "".join(f"<th>{cell}</th>" for cell in head), "".join(lines)
-    return f"<p>{shots}{comparison.rows:,} test rows of {comparison.users:,} users</p>\n<table><tr>{header}</tr>{body}</table>"
-
-
-def _score(predictor: PredictorScores, metric: str) -> str:
-    value = _number(metric, float(getattr(predictor.scores, metric)))
-    interval = predictor.intervals.get(metric)
-    return f'{value} <span class="interval">{_number(metric, interval.low)}–{_number(metric, interval.high)}</span>' if interval else value
-
-
-def _gain(metric: str, gain: Interval) -> str:
-    kind = "better" if gain.low > 0 else "worse" if gain.high < 0 else "interval"
-    return (
-        f'<span class="{kind}">{_number(metric, gain.mean, sign="+")}</span> '
-        f'<span class="interval">{_number(metric, gain.low, sign="+")} to {_number(metric, gain.high, sign="+")}</span>'
-    )
-
-
-def _number(metric: str, value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}&nbsp;%" if metric == "accuracy" else f"{value:{sign}.4f}"
+    return "\n".join([head, picture, note, *(comparison_table(comparison) for comparison in result.comparisons)])
 
 
 def _plain(value: object) -> str:

@@ -2,72 +2,35 @@
 
 from __future__ import annotations
 
-import threading
 import time
+import uuid
 from dataclasses import asdict
 from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.config import Settings, parse_settings
 from plora_ray.errors import ConfigError, PloraError
+from plora_ray.training.board import ProgressBoard, RankObserver
 from plora_ray.training.prepare import Prepared, prepare
-from plora_ray.training.progress import ProgressLine, Snapshot
-from plora_ray.training.publish import Published, publish
+from plora_ray.training.progress import ProgressLine
+from plora_ray.training.publish import Published, finish, publish
 from plora_ray.training.rank import KIND, Assignment, run_rank
+from plora_ray.training.report import TrainingReport, add_up
+from plora_ray.training.telemetry import Telemetry
+from plora_ray.training.telemetry.configured import open_telemetry
+from plora_ray.training.telemetry.history import History
+from plora_ray.training.watcher import Watcher
 from plora_ray.training.waves import Wave
-
-POLL_S = 0.5
 
 
 class TrainingFailed(PloraError):
     """Workers failed more often than training.max_failures allows; the same command goes on where they stopped."""
-
-
-@ray.remote(num_cpus=0)
-class ProgressBoard:
-    """Where ranks note their progress and the driver reads it."""
-
-    def __init__(self, users_done: int, users: int) -> None:
-        self._snapshot = Snapshot(users_done=users_done, users=users)
-        self._waves: set[int] = set()
-
-    def on_steps(self, step: int, steps: int, loss: float) -> None:
-        self._snapshot.step, self._snapshot.steps, self._snapshot.loss = step, steps, loss
-
-    def on_wave(self, users: int, wave: int) -> None:
-        if wave not in self._waves:
-            self._waves.add(wave)
-            self._snapshot.users_done += users
-
-    def on_model(self, line: str) -> None:
-        self._snapshot.model = line
-
-    def snapshot(self) -> Snapshot:
-        return self._snapshot
-
-
-class _RankObserver:
-    """Tells the board, and Ray Train from every rank, as it asks for."""
-
-    def __init__(self, board: Any, rank: int, ranks: int) -> None:
-        self._board, self._rank, self._ranks = board, rank, ranks
-
-    def on_steps(self, step: int, steps: int, loss: float) -> None:
-        if self._rank == 0:
-            self._board.on_steps.remote(step, steps, loss)
-
-    def on_wave(self, users: int, wave: int) -> None:
-        self._board.on_wave.remote(users, wave)
-
-    def on_model(self, sharding: str, parameter_bytes: int, parameter_bytes_held: int) -> None:
-        if self._rank == 0:
-            whole, held = parameter_bytes / 2**20, parameter_bytes_held / 2**20
-            self._board.on_model.remote(f"{self._ranks} ranks, {sharding}: {whole:,.1f} MiB of parameters, {held:,.1f} MiB on each rank")
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -82,8 +45,9 @@ def _train_loop(config: dict[str, Any]) -> None:
         waves=[Wave(**wave) for wave in config["waves"]],
     )
     rank, ranks = context.get_world_rank(), context.get_world_size()
-    run_rank(assignment, rank, ranks, _RankObserver(config["board"], rank, ranks))
-    ray.train.report({"rank": rank})
+    group = [uuid.uuid4().hex]
+    dist.broadcast_object_list(group, src=0)
+    run_rank(assignment, rank, ranks, RankObserver(config["board"], group[0], rank, assignment.generation, ray.train.report))
 
 
 def train(settings: Settings) -> Published:
@@ -94,14 +58,21 @@ def train(settings: Settings) -> Published:
     began = time.monotonic()
     with ProgressLine() as line:
         prepared = prepare(settings, line)
-        if prepared.store.manifest(prepared.assignment.generation) is None:
-            _fit(prepared, line)
-        return publish(
-            prepared.store, prepared.run, prepared.assignment, prepared.stats, prepared.weight_hash, seconds=time.monotonic() - began
-        )
+        store, run, assignment = prepared.store, prepared.run, prepared.assignment
+        if store.manifest(assignment.generation) is not None:
+            return finish(store, run, assignment.generation, seconds=time.monotonic() - began)
+        with open_telemetry(settings, store.objects, run.folder, assignment.generation, line.say) as telemetry:
+            history = History(store.objects, run.folder)
+            _fit(prepared, line, telemetry, history)
+            line.say("adding up the test rows and writing the report ...")
+            totals = add_up(assignment, run, prepared.stats, erased=len(store.tombstones()))
+            report = TrainingReport(assignment, prepared.stats, totals, history, time.monotonic() - began)
+            published = publish(store, run, assignment, report, prepared.weight_hash, seconds=time.monotonic() - began)
+            telemetry.finish(report.values, report.files)
+            return published
 
 
-def _fit(prepared: Prepared, line: ProgressLine) -> None:
+def _fit(prepared: Prepared, line: ProgressLine, telemetry: Telemetry, history: History) -> None:
     settings = prepared.assignment.settings
     writer = prepared.store.begin(prepared.assignment.generation, KIND)
     done = sum(segment.users for segment in writer.finished_waves().values())
@@ -115,7 +86,7 @@ def _fit(prepared: Prepared, line: ProgressLine) -> None:
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={
-            "settings": settings.model_dump(mode="json"),
+            "settings": settings.model_dump(mode="json", exclude={"training": {"mlflow"}}),
             "fingerprint": prepared.assignment.fingerprint,
             "generation": prepared.assignment.generation,
             "labels": prepared.assignment.labels.to_json(),
@@ -130,7 +101,7 @@ def _fit(prepared: Prepared, line: ProgressLine) -> None:
             failure_config=FailureConfig(max_failures=settings.training.max_failures),
         ),
     )  # fmt: skip
-    with _watching(board, line):
+    with Watcher(board, line, telemetry, history, done):
         try:
             trainer.fit()
         except Exception as error:
@@ -151,37 +122,6 @@ def _scale(settings: Settings) -> tuple[int, bool]:
         return training.num_workers, use_gpu
     available = gpus if use_gpu else min(2, int(resources.get("CPU", 1)))
     return max(1, min(available, training.partitions)), use_gpu
-
-
-class _watching:
-    """Draws the board's snapshots in a thread while the body runs."""
-
-    def __init__(self, board: Any, line: ProgressLine) -> None:
-        self._board, self._line, self._stop = board, line, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._said = ""
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._draw()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(POLL_S):
-            self._draw()
-
-    def _draw(self) -> None:
-        try:
-            snapshot: Snapshot = ray.get(self._board.snapshot.remote(), timeout=5)
-        except ray.exceptions.RayError:
-            return  # the board comes back with its node, or the job fails with a better message
-        if snapshot.model and snapshot.model != self._said:
-            self._said = snapshot.model
-            self._line.say(snapshot.model)
-        self._line.show(snapshot)
 
 
 def _reason(error: BaseException) -> str:

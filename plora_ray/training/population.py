@@ -7,8 +7,9 @@ Checkpointed at the end of every epoch, for any number of ranks afterwards.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,9 +22,41 @@ from plora_ray.training.engine import ShardedTrainer
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
 
-StepReport = Callable[[int, int, float], None]  # steps done, steps in all, mean loss since the last report
-
 REPORT_EVERY_STEPS = 10
+
+
+@dataclass(frozen=True)
+class StepsDone:
+    """One rank's steps since its last report, the newest of which was `step` of `steps`.
+
+    loss: mean over `count` of them; rows: that this rank went through; seconds: that they took together.
+    """
+
+    step: int
+    steps: int
+    count: int
+    loss: float
+    learning_rate: float
+    rows: int
+    seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        return self.seconds / self.count
+
+    @property
+    def rows_per_s(self) -> float:
+        return self.rows / max(self.seconds, 1e-9)
+
+
+@dataclass
+class _SinceReport:
+    """What was done since the last report. losses: of steps with rows."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    count: int = 0
+    rows: int = 0
+    began: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -36,7 +69,8 @@ class PopulationStage:
     settings: TrainingSettings
     rank: int
     checkpoints: PopulationCheckpoints
-    on_steps: StepReport
+    on_steps: Callable[[StepsDone], None]
+    on_epoch: Callable[[], None]
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the last epoch. All ranks must call."""
@@ -46,6 +80,7 @@ class PopulationStage:
             step = self._epoch(batches, step)
             epoch += 1
             self.checkpoints.save(epoch, step, self.trainer, self.rows, self.table)
+            self.on_epoch()
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
         rows = self.rows.of_split("train")
@@ -58,28 +93,33 @@ class PopulationStage:
     def _epoch(self, batches: list[np.ndarray], step: int) -> int:
         self.trainer.engine.train()
         steps_in_all = -1
-        losses: list[Tensor] = []
+        since, factor = _SinceReport(), 0.0
         for rows, real, passes in self.trainer.lockstep(batches, np.empty(0, np.int64), collective=True):
             if steps_in_all < 0:
                 steps_in_all = max(step + passes, passes * self.settings.epochs)
-            loss = self._step(rows, self._learning_rate_factor(step, steps_in_all))
+            factor = self._learning_rate_factor(step, steps_in_all)
+            loss = self._step(rows, factor)
             step += 1
+            since.count, since.rows = since.count + 1, since.rows + len(rows)
             if real:
-                losses.append(loss)
-            if step % REPORT_EVERY_STEPS == 0 and losses:
-                self._report(step, steps_in_all, losses)
-        if losses:
-            self._report(step, steps_in_all, losses)
+                since.losses.append(loss)
+            if step % REPORT_EVERY_STEPS == 0:
+                since = self._report(step, steps_in_all, factor, since)
+        self._report(step, steps_in_all, factor, since)
         return step
 
-    def _report(self, step: int, steps_in_all: int, losses: list[Tensor]) -> None:
-        mean = torch.stack(losses).mean().item()
-        losses.clear()
+    def _report(self, step: int, steps_in_all: int, factor: float, since: _SinceReport) -> _SinceReport:
+        """Tell of the steps since the last report, unless they were none or idle, and begin to count anew."""
+        if not since.losses:
+            return since
+        mean = torch.stack(since.losses).mean().item()
         if not math.isfinite(mean):
             raise FloatingPointError(
                 f"the training loss became {mean} at step {step}: lower training.learning_rate or use model.dtype=fp32"
             )
-        self.on_steps(step, steps_in_all, mean)
+        rate, seconds = self.settings.learning_rate * factor, time.monotonic() - since.began
+        self.on_steps(StepsDone(step, steps_in_all, since.count, mean, rate, since.rows, seconds))
+        return _SinceReport()
 
     def _learning_rate_factor(self, step: int, steps_in_all: int) -> float:
         """Linear warm-up, then linear decay to a tenth."""

@@ -14,6 +14,7 @@ from plora_ray.store import AdapterStore
 from plora_ray.training.progress import ProgressLine
 from plora_ray.training.rank import Assignment
 from plora_ray.training.run_state import RunState, run_fingerprint
+from plora_ray.training.telemetry.configured import check_telemetry
 from plora_ray.training.waves import plan_waves
 
 
@@ -30,6 +31,7 @@ class Prepared:
 
 def prepare(settings: Settings, line: ProgressLine) -> Prepared:
     """Open the store, find or begin the run, partition and plan; no worker has started yet. Raises PloraError."""
+    check_telemetry(settings.training)
     weights = weight_hash(settings.model.name)
     load_tokenizer(settings.model.name)
     units = list_units(settings.data)

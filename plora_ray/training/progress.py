@@ -15,16 +15,45 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from plora_ray.data.partition import PartitionProgress
 
 
+@dataclass(frozen=True)
+class StepPoint:
+    """One point of the population stage's curves: the mean loss over the ranks' newest steps, and the learning rate."""
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
 @dataclass
 class Snapshot:
-    """Progress of all ranks together. steps: the population stage's; users: fitted by the user stage, and how many there are."""
+    """Progress of all ranks together. step, steps: the population stage's; users: fitted by the user stage, and how many there are.
+
+    rows: gone through in both stages by this start of the job. starts: of the group of workers; the first isn't a restart.
+    parameter_bytes: of the whole model; parameter_bytes_held: by rank. points: new ones, `points_before` came before them.
+    """
 
     step: int = 0
     steps: int = 0
     loss: float = float("nan")
+    rows: int = 0
     users_done: int = 0
     users: int = 0
-    model: str = ""
+    starts: int = 0
+    ranks: int = 0
+    sharding: str = ""
+    parameter_bytes: int = 0
+    parameter_bytes_held: dict[int, int] = field(default_factory=dict)
+    points: list[StepPoint] = field(default_factory=list)
+    points_before: int = 0
+
+    @property
+    def model(self) -> str:
+        """How the model lies on the ranks, in one line; empty until all of them have told."""
+        if not self.ranks or len(self.parameter_bytes_held) < self.ranks:
+            return ""
+        least, most = (bound(self.parameter_bytes_held.values()) / 2**20 for bound in (min, max))
+        held = f"{most:,.1f} MiB" if f"{least:.1f}" == f"{most:.1f}" else f"{least:,.1f} to {most:,.1f} MiB"
+        return f"{self.ranks} ranks, {self.sharding}: {self.parameter_bytes / 2**20:,.1f} MiB of parameters, {held} on each rank"
 
 
 @dataclass

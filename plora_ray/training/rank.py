@@ -20,22 +20,35 @@ from plora_ray.store import AdapterStore
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import ShardedTrainer, choose_sharding
 from plora_ray.training.passes import FrozenPasses
-from plora_ray.training.population import PopulationStage
+from plora_ray.training.population import PopulationStage, StepsDone
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.run_state import RunState
-from plora_ray.training.user_stage import UserStage, calibrate
+from plora_ray.training.user_stage import UserStage, WaveDone, calibrate
 from plora_ray.training.user_table import UserTable
 from plora_ray.training.waves import Wave, owned_partitions
 
 KIND = "plora"
 
 
+@dataclass(frozen=True)
+class ModelHeld:
+    """How the model lies on the ranks. parameter_bytes: of all of it; parameter_bytes_held: in this rank's memory."""
+
+    sharding: str
+    ranks: int
+    parameter_bytes: int
+    parameter_bytes_held: int
+
+
 class Observer(Protocol):
     """Who hears of a rank's progress."""
 
-    def on_steps(self, step: int, steps: int, loss: float) -> None: ...
-    def on_wave(self, users: int, wave: int) -> None: ...
-    def on_model(self, sharding: str, parameter_bytes: int, parameter_bytes_held: int) -> None: ...
+    def on_model(self, model: ModelHeld) -> None: ...
+    def on_steps(self, done: StepsDone) -> None: ...
+    def on_wave(self, done: WaveDone) -> None: ...
+
+    def in_step(self) -> None:
+        """Called by all ranks equally often, after the same piece of work: an epoch, or everything."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
     )
     run = RunState(store.objects, assignment.fingerprint)
     checkpoints = PopulationCheckpoints(store.objects, run.folder, rank)
-    PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps).run()
+    PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps, observer.in_step).run()
 
     shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
     trainer.freeze()
@@ -79,6 +92,7 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
     stage = UserStage(passes, rows, prior, settings.task, writer, run, observer.on_wave, lambda: store.tombstones().keys())
     stage.fit_waves([wave for wave in assignment.waves if wave.partition in mine], finished[0], _in_step(trainer))
     dist.barrier()
+    observer.in_step()
 
 
 def _load_rows(assignment: Assignment, store: AdapterStore, rank: int, ranks: int) -> RankRows:
@@ -101,7 +115,7 @@ def _build(assignment: Assignment, observer: Observer) -> tuple[ShardedTrainer, 
         objective, model.shared_parameters(), sharding=sharding, learning_rate=training.learning_rate,
         weight_decay=training.weight_decay, gradient_clipping=training.gradient_clipping, batch_rows=training.batch_rows,
     )  # fmt: skip
-    observer.on_model(sharding, parameter_bytes, trainer.parameter_bytes_held())
+    observer.on_model(ModelHeld(sharding, dist.get_world_size(), parameter_bytes, trainer.parameter_bytes_held()))
     torch.manual_seed(training.seed * 7919 + dist.get_rank() + 1)  # dropout differs between ranks
     return trainer, model
 

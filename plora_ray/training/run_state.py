@@ -27,7 +27,7 @@ from plora_ray.store.objects import ObjectStore
 RUNS = "runs"
 WAVES_AT_ONCE = 4  # outcomes read at the same time when the report is made; bounds memory
 # What may change between two starts of the same run: it shapes how the work is done, not what comes out.
-_FREE_SETTINGS = {"num_workers", "use_gpu", "sharding", "max_failures"}
+_FREE_SETTINGS = {"num_workers", "use_gpu", "sharding", "max_failures", "tensorboard_dir", "mlflow"}
 
 
 @dataclass(frozen=True)

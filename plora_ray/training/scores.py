@@ -90,10 +90,8 @@ class WaveTotals:
             buckets.append(RowBucket(2**power, 2 ** (power + 1) - 1, len(users), self._totals.gains_of(users)))
         return buckets
 
-    def to_json(self) -> dict[str, Any]:
-        """The report's `test` section; needs test rows."""
-        comparison = self.comparison()
-        assert comparison is not None
+    def to_json(self, comparison: Comparison) -> dict[str, Any]:
+        """The report's `test` section. comparison: what `comparison` gave."""
         names = {"accuracy": "accuracy_gain", "nll": "nll_gain", "mse": "squared_error_gain"}
         return {
             "with_user": as_json(comparison.predictors[WITH_USER].scores),

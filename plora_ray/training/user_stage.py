@@ -26,7 +26,15 @@ PRIOR_SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 CALIBRATION_ROWS = 1024  # training rows of the users on whose validation rows the prior's scale is chosen
 
 ErasedKeys = Callable[[], Set[bytes]]
-WaveReport = Callable[[int, int], None]  # users done in this wave, wave index
+
+
+@dataclass(frozen=True)
+class WaveDone:
+    """A finished wave, how many users it holds and how many training rows they have."""
+
+    wave: int
+    users: int
+    rows: int
 
 
 def calibrate(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
@@ -76,7 +84,7 @@ class UserStage:
     task: Task
     writer: GenerationWriter
     run: RunState
-    on_wave: WaveReport
+    on_wave: Callable[[WaveDone], None]
     erased_keys: ErasedKeys
 
     def fit_waves(self, waves: list[Wave], finished: Collection[int], in_step: Callable[[list[Wave | None]], list[Wave | None]]) -> None:
@@ -109,7 +117,7 @@ class UserStage:
         self.run.save_wave(wave.index, outcome)  # before the segment: a wave with a segment is finished for good
         if len(users):
             self.writer.write_segment(wave.index, self.rows.keys[users], vectors.numpy(), examples)
-        self.on_wave(len(users), wave.index)
+        self.on_wave(WaveDone(wave.index, len(users), len(train)))
 
     def _users(self, wave: Wave | None) -> np.ndarray:
         if wave is None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ def segments(store: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def test_the_job_publishes_an_adapter_for_every_user_and_its_last_line_says_so(tiny_tree: Tree, tmp_path: Path) -> None:
+    tiny_tree["training"]["tensorboard_dir"] = str(tmp_path / "board")
     config = write(tiny_tree, tmp_path)
     result = train(config)
-    assert set(result) == {"generation", "users", "examples", "store", "report", "seconds"}
+    assert set(result) == {"generation", "users", "examples", "store", "report", "report_html", "seconds"}
     store = AdapterStore.open(tiny_tree["store"]["uri"])
     reader = store.open_generation()
     assert reader.generation == result["generation"] and result["users"] == reader.users == 60
@@ -75,6 +77,14 @@ def test_the_job_publishes_an_adapter_for_every_user_and_its_last_line_says_so(t
     report = json.loads(store.objects.read(f"generations/{result['generation']}/report.json"))
     assert report["users"] == 60 and report["test"]["with_user"]["rows"] == report["rows"]["test"]
     assert report["ceilings"]["without_user"] < report["ceilings"]["with_user"]
+    samples, (start,) = report["training"]["samples"], report["training"]["starts"]
+    assert samples["users_done"][-1] == 60 and any(samples["loss"]) and samples["rows"][-1] >= 2 * report["rows"]["train"]
+    assert start["sharding"] == "replicated" and start["parameter_bytes_held"] == [start["parameter_bytes"]] * 2
+    assert sum(bucket["users"] for bucket in report["test"]["gain_by_training_rows"]) == sum(report["test"]["user_gains"]["nll"]["users"])
+    html = store.objects.read(f"generations/{result['generation']}/report.html").decode()
+    assert result["report_html"].endswith("/report.html") and report["verdict"] in unescape(html)
+    assert html.count("data:image/png;base64,") >= 3 and "<script" not in html and "http" not in html
+    assert list((tmp_path / "board" / result["generation"]).glob("events.out.tfevents.*"))
     assert not store.objects.list("runs"), "users' tokens must not outlive the run"
     everything = b"".join(path.read_bytes() for path in Path(tiny_tree["store"]["uri"]).rglob("*") if path.is_file())
     assert b"user-000" not in everything, "the store must not hold raw user ids"
@@ -130,6 +140,10 @@ def test_a_killed_job_started_again_trains_no_finished_wave_twice_skips_nobody_a
     assert set(reader.keys()) == keys - {erased_after_their_wave, erased_before_it}
     assert result["generation"] == store.current() and result["users"] == 59, "who was erased before his wave must not be in a segment"
     assert store.pull(reader, erased_after_their_wave) is None
+    report = json.loads(store.objects.read(f"generations/{result['generation']}/report.json"))
+    last = report["training"]["starts"][-1]
+    assert (report["training"]["jobs"], report["training"]["restarts"], report["users"]) == (2, 1, 59)
+    assert last["resumed"] and len(last["parameter_bytes_held"]) == 2
 
 
 def test_the_gain_is_there_with_the_true_users_and_vanishes_with_shuffled_ones(tiny_tree: Tree, tmp_path: Path) -> None:

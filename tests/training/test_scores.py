@@ -55,7 +55,9 @@ def test_classification_figures_of_single_waves_are_those_of_all_rows_together()
     totals = WaveTotals(CLASSES, stats(counts.sum(axis=0)))
     for wave in waves:
         totals.add(wave)
-    found, labels, users = totals.to_json(), merged(waves, "labels"), numbered(waves)
+    comparison = totals.comparison()
+    assert comparison is not None
+    found, labels, users = totals.to_json(comparison), merged(waves, "labels"), numbered(waves)
     personal, population = (log_softmax(merged(waves, name).astype(np.float64)) for name in ("personal", "population"))
     smoothed = counts + 2 * counts.sum(axis=0) / counts.sum()
     prior = (smoothed / smoothed.sum(axis=1, keepdims=True))[users]
@@ -76,7 +78,9 @@ def test_regression_figures_of_single_waves_are_those_of_all_rows_together_in_th
     totals = WaveTotals(VALUES, stats(np.zeros(3)))
     for wave in waves:
         totals.add(wave)
-    found, users = totals.to_json(), numbered(waves)
+    comparison = totals.comparison()
+    assert comparison is not None
+    found, users = totals.to_json(comparison), numbered(waves)
     labels, personal, population = (
         50 + 4 * merged(waves, name).reshape(len(users), -1)[:, 0] for name in ("labels", "personal", "population")
     )

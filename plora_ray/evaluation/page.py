@@ -1,0 +1,92 @@
+"""The one page that reports are: a verdict, sections, tables and pictures, in one file that needs no other. No user, no text.
+
+Knows comparisons and HTML; doesn't know which report it draws.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval, PredictorScores
+from plora_ray.evaluation.metrics import as_json
+
+PREDICTORS = {
+    WITH_USER: "with user",
+    POPULATION: "without user (population)",
+    LABEL_PRIOR: "the user's own labels, no text",
+    MAJORITY: "everybody's labels, no text",
+}
+METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "mse": "MSE", "mae": "MAE", "r2": "R²"}
+INTERVALS = (
+    "Intervals: 95 %, bootstrap over whole users. Gains are paired on the same rows; positive is better for every metric."
+)
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ddd}
+.verdict{background:#eef4fa;border-left:4px solid #1a6fb5;padding:.8rem 1rem}
+table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #eee}
+th:first-child,td:first-child{text-align:left}tr.subject{font-weight:600;background:#f6f9fc}
+small,.interval{color:#777;font-weight:400}.interval{display:block;font-size:.85em;white-space:nowrap}.better{color:#17803d}.worse{color:#b3261e}img{max-width:100%}
+"""
+
+
+def page(title: str, verdict: str, lead: str, sections: Sequence[str], footnote: str) -> str:
+    """A whole document. title, verdict, footnote: plain text; lead, sections: HTML."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>\n'
+        f'<h1>{escape(title)}</h1>\n{lead}\n<p class="verdict">{escape(verdict)}</p>\n'
+        + "\n".join(sections)
+        + f"\n<p><small>{escape(footnote)}</small></p>\n</body></html>\n"
+    )
+
+
+def picture(name: str, png: bytes) -> str:
+    """A PNG inside the page. name: what is read out in its place."""
+    return f'<p><img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain texts in a table, with a line of headings unless there are none."""
+    lines = [_line("th", head)] if head else []
+    return "<table>" + "".join([*lines, *(_line("td", row) for row in rows)]) + "</table>"
+
+
+def _line(kind: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in cells) + "</tr>"
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """Predictors down, metrics across, and at the right what the subject gains over each."""
+    metrics = [name for name in as_json(comparison.predictors[comparison.subject].scores) if name != "rows"]
+    gained = list(next(iter(comparison.gains.values()), {}))
+    head = ["", *(METRICS[name] for name in metrics), *(f"gain over it, {METRICS[name]}" for name in gained)]
+    lines = []
+    for name, title in PREDICTORS.items():
+        if name in comparison.predictors:
+            cells = [title, *(_score(comparison.predictors[name], metric) for metric in metrics)]
+            cells += [_gain(metric, comparison.gains[name][metric]) if name in comparison.gains else "" for metric in gained]
+            subject = ' class="subject"' if name == comparison.subject else ""
+            lines.append(f"<tr{subject}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    shots = f"{comparison.examples} example{'' if comparison.examples == 1 else 's'} a user: " if comparison.examples else ""
+    header, body = "".join(f"<th>{cell}</th>" for cell in head), "".join(lines)
+    return f"<p>{shots}{comparison.rows:,} test rows of {comparison.users:,} users</p>\n<table><tr>{header}</tr>{body}</table>"
+
+
+def _score(predictor: PredictorScores, metric: str) -> str:
+    value = _number(metric, float(getattr(predictor.scores, metric)))
+    interval = predictor.intervals.get(metric)
+    return f'{value} <span class="interval">{_number(metric, interval.low)}–{_number(metric, interval.high)}</span>' if interval else value
+
+
+def _gain(metric: str, gain: Interval) -> str:
+    kind = "better" if gain.low > 0 else "worse" if gain.high < 0 else "interval"
+    return (
+        f'<span class="{kind}">{_number(metric, gain.mean, sign="+")}</span> '
+        f'<span class="interval">{_number(metric, gain.low, sign="+")} to {_number(metric, gain.high, sign="+")}</span>'
+    )
+
+
+def _number(metric: str, value: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}&nbsp;%" if metric == "accuracy" else f"{value:{sign}.4f}"
