@@ -50,10 +50,10 @@ class WaveTotals:
         """Count a wave."""
         self.users += len(outcome.examples)
         self.examples += int(outcome.examples.sum(dtype=np.int64))
-        remaining = getattr(outcome, "remaining", None)
-        if remaining is not None:
-            self.remaining_users += np.histogram(np.clip(remaining, 0, 1), bins=REMAINING_EDGES)[0]
-            self._remaining_sum += float(remaining.sum(dtype=np.float64))
+        remaining = getattr(outcome, "remaining", np.empty(0))
+        told = np.clip(remaining[np.isfinite(remaining)], 0, 1)  # NaN where the solver knows none
+        self.remaining_users += np.histogram(told, bins=REMAINING_EDGES)[0]
+        self._remaining_sum += float(told.sum(dtype=np.float64))
         if len(outcome.labels):
             self._totals.add(self._predictions(outcome), self._in_units(outcome.labels), outcome.row_users)
             self._tested_examples.append(outcome.examples[np.unique(outcome.row_users)])
