@@ -27,6 +27,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 NEWTON_STEPS = 25
 TOLERANCE = 1e-6
+LEAST_NOISE = 1e-4  # of a standardised regression label: below it one row would outweigh any prior
 OUTER_PRODUCT_ROWS = 2048  # rows whose d x d outer products are held at once: 32 MB at d = 64
 
 
@@ -40,10 +41,6 @@ class UserPrior:
     mean: Tensor
     precision: Tensor
     noise_variance: float = 1.0
-
-    def scaled(self, factor: float) -> UserPrior:
-        """The same prior with its covariance multiplied by `factor`."""
-        return UserPrior(self.mean, self.precision / factor, self.noise_variance)
 
     def tensors(self) -> dict[str, Tensor]:
         """The prior as named tensors, to be kept beside the shared parameters."""
@@ -152,6 +149,40 @@ def solve_users(
     return FittedUsers(p.float(), converged, left.float())
 
 
+@dataclass(frozen=True)
+class PosteriorMoments:
+    """Sums over users of what their posteriors N(p, H^-1) say; float64, and additive over groups of users.
+
+    total: [d] of modes p. outer: [d, d] of p p^T + H^-1. squared_residuals: of a regression's rows, expected under the posterior.
+    """
+
+    users: int
+    total: Tensor
+    outer: Tensor
+    rows: int
+    squared_residuals: float
+
+    def prior(self, before: UserPrior) -> UserPrior:
+        """The Gaussian that makes these users likeliest: one maximisation step after `before`, which stays if there are no users."""
+        if self.users == 0:
+            return before
+        mean = self.total / self.users
+        covariance = self.outer / self.users - torch.outer(mean, mean)
+        noise = max(self.squared_residuals / self.rows, LEAST_NOISE) if self.squared_residuals > 0 else before.noise_variance
+        return UserPrior(mean, torch.linalg.inv(covariance), noise)
+
+
+def posterior_moments(
+    linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task
+) -> PosteriorMoments:
+    """The expectation step of empirical Bayes with Laplace posteriors; arguments as in `solve_users`."""
+    problem = _Problem(linear, texts, labels, users, count, prior, task)
+    modes = solve_users(linear, texts, labels, users, count, prior, task).vectors.double()
+    covariance = torch.linalg.inv(problem.derivatives(modes)[1])
+    squared = problem.squared_residuals(modes, covariance) if task == "regression" else 0.0
+    return PosteriorMoments(count, modes.sum(0), modes.T @ modes + covariance.sum(0), len(texts), squared)
+
+
 class _Problem:
     """The convex objective of every user of a wave, its gradient and Hessian; float64 where users' sums are formed."""
 
@@ -204,6 +235,15 @@ class _Problem:
             gradient.index_add_(0, self.users[rows], torch.einsum("rf,rfd->rd", residual, jacobian))
             hessian.index_add_(0, self.users[rows], torch.einsum("rfd,rfe->rde", jacobian, curved))
         return gradient, hessian
+
+    def squared_residuals(self, p: Tensor, covariance: Tensor) -> float:
+        """Sum over a regression's rows of the squared residual, expected for vectors N(p, covariance [users, d, d])."""
+        total = 0.0
+        for rows in self._slices():
+            jacobian, free = self._rows(p, rows)
+            spread = torch.einsum("rd,rde,re->r", jacobian[:, 0], covariance[self.users[rows]], jacobian[:, 0])
+            total += float(((free[:, 0] - self.labels[rows].double()).square() + spread).sum())
+        return total
 
     def line_search(self, p: Tensor, objective: Tensor, direction: Tensor, decrement: Tensor) -> tuple[Tensor, Tensor]:
         """Halve each user's step until its objective falls enough (Armijo, 1e-4); a user that can't improve stays."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from plora_ray.adapters.fit import UserPrior, prior_from_moments
+from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import PersonalizedModel
 from plora_ray.adapters.objective import PopulationObjective
@@ -21,9 +21,10 @@ from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import ShardedTrainer, choose_sharding
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.population import PopulationStage, StepsDone
+from plora_ray.training.prior import estimate_prior
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.run_state import RunState
-from plora_ray.training.user_stage import UserStage, WaveDone, calibrate
+from plora_ray.training.user_stage import UserStage, WaveDone
 from plora_ray.training.user_table import UserTable
 from plora_ray.training.waves import Wave, owned_partitions
 
@@ -121,17 +122,12 @@ def _build(assignment: Assignment, observer: Observer) -> tuple[ShardedTrainer, 
 
 
 def _prior(run: RunState, table: UserTable, passes: FrozenPasses, rows: RankRows, model: PersonalizedModel, rank: int) -> UserPrior:
-    """The run's prior: kept from before, or from all ranks' user vectors with the scale that validation rows choose."""
+    """The run's prior: kept from before, or estimated over all ranks' users."""
     kept: list[UserPrior | None] = [run.load_prior() if rank == 0 else None]
     dist.broadcast_object_list(kept, src=0)
     if kept[0] is not None:
         return kept[0]
-    met = table.vectors[(table.steps > 0) & ~torch.from_numpy(rows.erased)].double()
-    dim = met.shape[1]
-    sums = torch.cat([torch.tensor([float(len(met))], dtype=torch.float64), met.sum(0), (met.T @ met).flatten()])
-    dist.all_reduce(sums)
-    prior = prior_from_moments(int(sums[0]), sums[1 : dim + 1], sums[dim + 1 :].view(dim, dim))
-    prior = calibrate(prior, passes, rows, model.spec.task)
+    prior = estimate_prior(table, passes, rows, model.spec.task)
     if rank == 0:
         run.save_prior(prior)
     return prior

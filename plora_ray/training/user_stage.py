@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.nn import functional as F
 
 from plora_ray.adapters.fit import UserPrior, solve_users
 from plora_ray.adapters.model import Task
@@ -21,9 +18,6 @@ from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.run_state import RunState, WaveOutcome
 from plora_ray.training.waves import Wave
-
-PRIOR_SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-CALIBRATION_ROWS = 1024  # training rows of the users on whose validation rows the prior's scale is chosen
 
 ErasedKeys = Callable[[], Set[bytes]]
 
@@ -35,40 +29,6 @@ class WaveDone:
     wave: int
     users: int
     rows: int
-
-
-def calibrate(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
-    """`prior` with the covariance scale that predicts rank 0's validation rows best; unscaled if it has none.
-
-    All ranks must call; all get rank 0's choice.
-    """
-    users = _calibration_users(rows) if dist.get_rank() == 0 else np.empty(0, np.int64)
-    train, held_out = rows.of_split("train", users), rows.of_split("validation", users)
-    linear, texts = passes.linearise(np.concatenate([train, held_out]), prior.mean)
-    local = torch.from_numpy(np.searchsorted(users, rows.row_users[np.concatenate([train, held_out])]))
-    labels = rows.labels[np.concatenate([train, held_out])]
-    cut = len(train)
-    losses = []
-    for scale in PRIOR_SCALES if len(held_out) else ():
-        fitted = solve_users(linear, texts[:cut], labels[:cut], local[:cut], len(users), prior.scaled(scale), task).vectors
-        predicted = linear.predict(texts[cut:], fitted[local[cut:]], task)
-        losses.append(_mean_loss(predicted, labels[cut:], task))
-    best = torch.tensor(PRIOR_SCALES[int(np.argmin(losses))] if losses else 1.0, dtype=torch.float64)
-    dist.broadcast(best, src=0)
-    return prior.scaled(float(best))
-
-
-def _calibration_users(rows: RankRows) -> np.ndarray:
-    """The first users with validation rows, as many as have CALIBRATION_ROWS training rows together."""
-    candidates = np.unique(rows.row_users[rows.of_split("validation")])
-    counts = np.bincount(rows.row_users[rows.of_split("train")], minlength=len(rows.keys))[candidates]
-    return candidates[: int(np.searchsorted(np.cumsum(counts), CALIBRATION_ROWS)) + 1]
-
-
-def _mean_loss(logits: Tensor, labels: Tensor, task: Task) -> float:
-    if task == "regression":
-        return F.mse_loss(logits[:, 0], labels).item()
-    return F.cross_entropy(logits, labels).item()
 
 
 @dataclass

