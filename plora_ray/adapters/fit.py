@@ -14,6 +14,7 @@ the prior. Linearising everybody at the same p0 makes z0 and J depend on the tex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,6 +42,10 @@ class UserPrior:
     mean: Tensor
     precision: Tensor
     noise_variance: float = 1.0
+
+    def scaled(self, factor: float) -> UserPrior:
+        """The same prior with its covariance multiplied by `factor`."""
+        return UserPrior(self.mean, self.precision / factor, self.noise_variance)
 
     def tensors(self) -> dict[str, Tensor]:
         """The prior as named tensors, to be kept beside the shared parameters."""
@@ -154,6 +159,7 @@ class PosteriorMoments:
     """Sums over users of what their posteriors N(p, H^-1) say; float64, and additive over groups of users.
 
     total: [d] of modes p. outer: [d, d] of p p^T + H^-1. squared_residuals: of a regression's rows, expected under the posterior.
+    log_evidence: how likely the prior makes the users' labels, Laplace's approximation (MacKay 1992), up to a constant.
     """
 
     users: int
@@ -161,9 +167,10 @@ class PosteriorMoments:
     outer: Tensor
     rows: int
     squared_residuals: float
+    log_evidence: float
 
     def prior(self, before: UserPrior) -> UserPrior:
-        """The Gaussian that makes these users likeliest: one maximisation step after `before`, which stays if there are no users."""
+        """The Gaussian that fits these users best: one maximisation step after `before`, which stays if there are no users."""
         if self.users == 0:
             return before
         mean = self.total / self.users
@@ -178,9 +185,14 @@ def posterior_moments(
     """The expectation step of empirical Bayes with Laplace posteriors; arguments as in `solve_users`."""
     problem = _Problem(linear, texts, labels, users, count, prior, task)
     modes = solve_users(linear, texts, labels, users, count, prior, task).vectors.double()
-    covariance = torch.linalg.inv(problem.derivatives(modes)[1])
-    squared = problem.squared_residuals(modes, covariance) if task == "regression" else 0.0
-    return PosteriorMoments(count, modes.sum(0), modes.T @ modes + covariance.sum(0), len(texts), squared)
+    hessian = problem.derivatives(modes)[1]
+    covariance = torch.linalg.inv(hessian)
+    squared, noise = 0.0, 0.0
+    if task == "regression":
+        squared, noise = problem.squared_residuals(modes, covariance), 0.5 * len(texts) * math.log(prior.noise_variance)
+    determinants = 0.5 * (count * torch.logdet(prior.precision) - torch.logdet(hessian).sum())
+    evidence = float(determinants - problem.objective(modes).sum()) - noise
+    return PosteriorMoments(count, modes.sum(0), modes.T @ modes + covariance.sum(0), len(texts), squared, evidence)
 
 
 class _Problem:

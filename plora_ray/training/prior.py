@@ -1,8 +1,8 @@
 """The prior of users' vectors, from the users themselves (empirical Bayes), over all ranks.
 
-It starts from the moments of the vectors that the population stage found, and is then fitted to the linearised model by
-expectation maximisation: what it says of users must be what their own rows say of them. Moments alone measure where an
-optimiser with a step size and a number of epochs stopped.
+It starts from the moments of the vectors that the population stage found, at the scale that makes the users' labels likeliest,
+and is then refined on the linearised model by expectation maximisation: what it says of users must be what their own rows
+say of them. Moments alone measure where an optimiser with a step size and a number of epochs stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
 
-EM_STEPS = 5  # later ones change held-out likelihood in the fourth digit (docs/solver.md)
+SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the moments' covariance, from which the best one is refined
+MOST_STEPS = 10
+ENOUGH_EVIDENCE = 1e-3  # a user: steps that gain less change held-out likelihood in the fourth digit (docs/solver.md)
 CALIBRATION_ROWS = 1024  # training rows a rank looks at
 
 
@@ -29,9 +31,18 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
     train = rows.of_split("train", users)
     linear, texts = passes.linearise(train, prior.mean)
     local = torch.from_numpy(np.searchsorted(users, rows.row_users[train]))
-    for _ in range(EM_STEPS):
-        moments = posterior_moments(linear, texts, rows.labels[train], local, len(users), prior, task)
-        prior = _summed(moments).prior(prior)
+
+    def posterior(under: UserPrior) -> PosteriorMoments:
+        return _summed(posterior_moments(linear, texts, rows.labels[train], local, len(users), under, task))
+
+    prior = max((prior.scaled(scale) for scale in SCALES), key=lambda scaled: posterior(scaled).log_evidence)
+    before = posterior(prior)
+    for _ in range(MOST_STEPS):
+        refined = before.prior(prior)
+        after = posterior(refined)
+        if after.log_evidence - before.log_evidence < ENOUGH_EVIDENCE * after.users:
+            break
+        prior, before = refined, after
     return prior
 
 
@@ -54,8 +65,8 @@ def _calibration_users(rows: RankRows) -> np.ndarray:
 def _summed(moments: PosteriorMoments) -> PosteriorMoments:
     """The moments over all ranks' users."""
     dim = len(moments.total)
-    scalars = torch.tensor([moments.users, moments.rows, moments.squared_residuals], dtype=torch.float64)
+    scalars = torch.tensor([moments.users, moments.rows, moments.squared_residuals, moments.log_evidence], dtype=torch.float64)
     sums: Tensor = torch.cat([scalars, moments.total, moments.outer.flatten()])
     dist.all_reduce(sums)
-    users, rows, squared = sums[:3].tolist()
-    return PosteriorMoments(int(users), sums[3 : dim + 3], sums[dim + 3 :].view(dim, dim), int(rows), squared)
+    users, rows, squared, evidence = sums[:4].tolist()
+    return PosteriorMoments(int(users), sums[4 : dim + 4], sums[dim + 4 :].view(dim, dim), int(rows), squared, evidence)

@@ -185,10 +185,13 @@ def test_each_step_of_empirical_bayes_makes_a_regressions_rows_likelier_under_th
             total += multivariate_normal(x @ chosen.mean, spread).logpdf(labels[users == user].double().numpy())
         return total
 
-    chosen, values = UserPrior(torch.zeros(DIM).double(), torch.eye(DIM).double() * 0.01), []
+    chosen, values, claimed = UserPrior(torch.zeros(DIM).double(), torch.eye(DIM).double() * 0.01), [], []
     for _ in range(12):
+        moments = posterior_moments(linear, texts, labels, users, 60, chosen, "regression")
         values.append(evidence(chosen))
-        chosen = posterior_moments(linear, texts, labels, users, 60, chosen, "regression").prior(chosen)
+        claimed.append(moments.log_evidence)
+        chosen = moments.prior(chosen)
+    assert np.ptp(np.array(values) - np.array(claimed)) < 1e-4, "for a regression the evidence is exact, up to a constant"
     assert all(after > before for before, after in zip(values, values[1:], strict=False))
     assert chosen.noise_variance == pytest.approx(0.25, rel=0.3)
     assert torch.allclose(chosen.mean, torch.ones(DIM).double(), atol=0.6)
@@ -216,4 +219,5 @@ def test_moments_of_groups_of_users_add_up_to_those_of_all() -> None:
         for mask, start, count in ((first, 0, 10), (~first, 10, 20))
     ]
     assert torch.allclose(parts[0].outer + parts[1].outer, whole.outer) and torch.allclose(parts[0].total + parts[1].total, whole.total)
+    assert parts[0].log_evidence + parts[1].log_evidence == pytest.approx(whole.log_evidence)
     assert parts[0].squared_residuals + parts[1].squared_residuals == pytest.approx(whole.squared_residuals)
