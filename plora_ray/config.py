@@ -8,11 +8,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.fit_memory import Solver
@@ -96,14 +96,17 @@ class MlflowSettings(_Section):
 class TrainingSettings(_Section):
     """Both training stages.
 
-    num_workers: ranks of the job; auto takes a rank a GPU, else up to two CPU ranks. sharding: zero3 shards the frozen PLM
+    num_workers: ranks of the job; auto takes a rank a GPU, else up to two CPU ranks; [min, max] follows the cluster, which is
+    looked at every resize_check_s seconds. partitions: auto takes one for every ROWS_PER_PARTITION rows. store_retry_s: how long
+    the job rides out passing failures of the storage, each time. sharding: zero3 shards the frozen PLM
     over the ranks, replicated keeps a copy on each, auto shards when a copy would take over half of a device's memory.
     user_solver: what fits users once everything shared is frozen; auto takes newton for kind plora, adam for kind lora.
     user_dropout: rho. batch_rows / batch_tokens bound a batch; users_per_wave is the unit of resume.
     tensorboard_dir: where the driver writes event files; None: nowhere. mlflow: a server that hears of the run; None: none.
     """
 
-    num_workers: int | Literal["auto"] = "auto"
+    num_workers: int | tuple[int, int] | Literal["auto"] = "auto"
+    resize_check_s: float = Field(60.0, gt=0)
     use_gpu: bool | Literal["auto"] = "auto"
     sharding: Literal["zero3", "replicated", "auto"] = "auto"
     epochs: int = Field(3, ge=1)
@@ -120,17 +123,43 @@ class TrainingSettings(_Section):
     batch_rows: int = Field(32, ge=1)
     batch_tokens: int = Field(4096, ge=16)
     users_per_wave: int = Field(2000, ge=1)
-    partitions: int = Field(8, ge=1, le=65536)
+    partitions: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = "auto"
     max_failures: int = Field(3, ge=0)
+    store_retry_s: float = Field(120.0, ge=0)
     seed: int = Field(0, ge=0)
     tensorboard_dir: Path | None = None
     mlflow: MlflowSettings | None = None
 
+    @field_validator("num_workers", "partitions", mode="before")
+    @classmethod
+    def _numbers_or_auto(cls, value: Any, info: ValidationInfo) -> Any:
+        """One sentence for what would else be a complaint from each type that the value isn't."""
+        several = info.field_name == "num_workers" and isinstance(value, list | tuple) and len(value) == 2
+        if value == "auto" or all(isinstance(item, int) and item > 0 for item in (value if several else [value])):
+            return value
+        choices = "a number from 1, [min, max] or auto" if info.field_name == "num_workers" else "a number from 1, or auto"
+        raise ValueError(f"write {choices}")
+
     @model_validator(mode="after")
     def _workers(self) -> TrainingSettings:
-        if isinstance(self.num_workers, int) and not 1 <= self.num_workers <= self.partitions:
-            raise ValueError(f"num_workers is {self.num_workers}: it must lie between 1 and partitions ({self.partitions})")
+        if self.num_workers == "auto":
+            return self
+        low, high = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+        if low > high:
+            raise ValueError(f"num_workers is {_shown(self.num_workers)}: in [min, max] the larger number comes last")
+        if self.partitions != "auto" and high > self.partitions:
+            raise ValueError(f"num_workers is {_shown(self.num_workers)}: it must lie between 1 and partitions ({self.partitions})")
         return self
+
+    @property
+    def partition_count(self) -> int:
+        """`partitions` as a number. The job sets it from the source before anything asks."""
+        assert self.partitions != "auto"
+        return self.partitions
+
+
+def _shown(workers: int | tuple[int, int]) -> str:
+    return str(workers if isinstance(workers, int) else list(workers))
 
 
 class StoreSettings(_Section):

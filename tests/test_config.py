@@ -21,6 +21,10 @@ from plora_ray.errors import ConfigError
         ({"training": {"epochs": 0}}, "setting 'training.epochs'.*greater than or equal to 1.*got 0"),
         ({"adapter": {"rank": "many"}}, "setting 'adapter.rank'"),
         ({"training": {"num_workers": 9, "partitions": 8}}, "num_workers is 9: it must lie between 1 and partitions"),
+        ({"training": {"num_workers": [2, 9], "partitions": 8}}, r"num_workers is \[2, 9\]: it must lie between 1 and partitions"),
+        ({"training": {"num_workers": [3, 2]}}, r"num_workers is \[3, 2\]: in \[min, max\] the larger number comes last"),
+        ({"training": {"num_workers": [0, 2]}}, r"'training.num_workers': write a number from 1, \[min, max\] or auto \(got \[0, 2\]\)"),
+        ({"training": {"partitions": "many"}}, "'training.partitions': write a number from 1, or auto"),
         (
             {"model": {"max_length": 512}, "training": {"batch_tokens": 256}},
             "training.batch_tokens is 256: it must be at least model.max_length",

@@ -29,6 +29,7 @@ EXTENSIONS: dict[str, FileFormat] = {
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz")  # of CSV and JSON lines; parquet compresses inside
 ROWS_PER_CHUNK = 4096
+READ_BUFFER_BYTES = 2**20
 MAX_CSV_FIELD_CHARS = 16 * 2**20  # the standard library's 128 KiB is less than what max_text_chars may allow
 
 
@@ -70,7 +71,7 @@ class Records:
 
 def parquet_records(stream: IO[bytes], row_group: int, first_row: int, wanted: frozenset[str]) -> Iterator[Records]:
     """Read the wanted columns of one row group, whose first record is number `first_row` of the file."""
-    parquet = pq.ParquetFile(stream)
+    parquet = pq.ParquetFile(stream, buffer_size=READ_BUFFER_BYTES)  # else whole column chunks of the row group are held
     available = tuple(parquet.schema_arrow.names)
     columns = [name for name in available if name in wanted]
     number = first_row

@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
-import fsspec  # type: ignore[import-untyped]
+import numpy as np
 
-from plora_ray.data.fragments import Piece
+from plora_ray.data.fragments import Fragment
 from plora_ray.data.passes import BAD_ROWS_SHOWN, PartitionJob, PartitionResult, UnitResult, finish_partition, fragment_unit, load_tokenizer
 from plora_ray.data.rows import SPLITS, BadRow, SplitName, Task
 from plora_ray.data.sources import ReadUnit, SourceSettings, fingerprint, list_units
 from plora_ray.data.stats import PartitionCounts, PartitionStats, add_labels, label_space, read_done, write_done
 from plora_ray.data.table import PartitionTable, read_partition
 from plora_ray.errors import DataError
+from plora_ray.store.objects import SERVING_RETRY_S, ObjectStore
+from plora_ray.store.retries import retrying
 
 __all__ = ["PartitionProgress", "PartitionStats", "PartitionTable", "label_space", "partition_rows", "read_partition"]
 
@@ -50,43 +52,42 @@ def partition_rows(
     progress: Callable[[PartitionProgress], None] | None = None,
     storage_options: dict[str, Any] | None = None,
     units: list[ReadUnit] | None = None,
+    retry_s: float = SERVING_RETRY_S,
 ) -> PartitionStats:
     """Write `partition-00000.parquet` ... to `destination`, a folder of its own that all nodes reach, on the running cluster.
 
     A finished partitioning of the same rows and settings is recognised and only its stats are returned; anything
     half-written is removed and made again. `storage_options` belong to the destination, `settings.storage_options` to the
-    source; `units`: what `list_units(settings)` gave, where the caller has asked already. Raises DataError if the source can't
-    be used as it is, ModelError if the tokenizer can't be loaded.
+    source, and passing failures of either are ridden out for `retry_s` seconds; `units`: what `list_units(settings)` gave, where
+    the caller has asked already. Raises DataError if the source can't be used as it is, StoreError if the destination can't,
+    ModelError if the tokenizer can't be loaded.
     """
     import ray  # seconds to import, and who only reads partitions has no use for it
 
     if not ray.is_initialized():
         raise DataError("partitioning runs on a Ray cluster: call ray.init() first")
-    options = storage_options or {}
-    try:
-        fs, folder = fsspec.core.url_to_fs(destination, **options)
-        place = fs.unstrip_protocol(folder)  # absolute: tasks have another working directory
-        # A name of its own, so that a task which outlived an earlier attempt can't write among this one's fragments.
-        fragments = f"{place}/fragments-{uuid4().hex}"
-        job = PartitionJob(settings, task, place, fragments, partitions, tokenizer_path, max_length, seed, secret, options)
-        units = list_units(settings) if units is None else units
-        digest = _digest(job, units)
-        finished = read_done(place, digest, options)
-        if finished is not None:
-            return finished
-        _remove_unfinished(fs, folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{destination} can't hold partitions: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+    objects = ObjectStore(destination, storage_options, retry_s=retry_s)
+    units = retrying(retry_s)(list_units, settings) if units is None else units
+    # A name of its own, so that a task which outlived an earlier attempt can't write among this one's fragments.
+    fragments = f"fragments-{uuid4().hex}"
+    job = PartitionJob(settings, task, objects, fragments, partitions, tokenizer_path, max_length, seed, secret)
+    digest = _digest(job, units)
+    finished = read_done(objects, digest)
+    if finished is not None:
+        return finished
+    _remove_fragments(objects)
+    for path in (info.path for info in objects.list() if info.path.startswith("partition-")):
+        objects.delete(path)
     report = progress or (lambda _: None)
     try:
         shuffled = _shuffle(job, units, report)
-        counts = _tokenise_all(job, shuffled.pieces, report)
+        counts = _tokenise_all(job, shuffled.fragments, report)
     finally:
-        _remove_unfinished(fs, folder, kinds=("fragments-",))
+        _remove_fragments(objects)
     stats = PartitionStats(digest=digest, partitions=counts, label_counts=shuffled.label_counts, skipped=shuffled.skipped)
     if stats.rows("train") == 0:
         raise DataError(f"no row of {settings.source} is in the train split: check columns.split and the fractions")
-    write_done(place, stats, options)
+    write_done(objects, stats)
     return stats
 
 
@@ -94,14 +95,14 @@ def partition_rows(
 class _Shuffled:
     """The first pass over all units."""
 
-    pieces: dict[int, list[Piece]]
+    fragments: list[Fragment]
     label_counts: dict[SplitName, dict[str, int]]
     skipped: dict[str, int]
 
 
 def _shuffle(job: PartitionJob, units: list[ReadUnit], report: Callable[[PartitionProgress], None]) -> _Shuffled:
     """Run the first pass. Raises DataError for bad rows, sources that disagree about splits, and no rows at all."""
-    pieces: dict[int, list[Piece]] = {partition: [] for partition in range(job.partitions)}
+    fragments: list[Fragment] = []
     labels: dict[SplitName, Counter[str]] = {split: Counter() for split in SPLITS}
     skipped: Counter[str] = Counter()
     bad: list[tuple[int, BadRow]] = []
@@ -115,8 +116,7 @@ def _shuffle(job: PartitionJob, units: list[ReadUnit], report: Callable[[Partiti
         rows += result.rows
         skipped.update(result.skipped)
         add_labels(labels, {str(split): counts for split, counts in result.label_counts.items()})
-        for piece in result.pieces:
-            pieces[piece[0]].append(Piece(*piece))
+        fragments += [Fragment(path, np.array(offsets, np.int64)) for path, offsets in result.fragments]
         bad += [(result.unit, BadRow(*row)) for row in result.bad_rows]
         if len(bad) >= BAD_ROWS_SHOWN:
             break
@@ -130,15 +130,15 @@ def _shuffle(job: PartitionJob, units: list[ReadUnit], report: Callable[[Partiti
     if rows == 0:
         left_out = "".join(f"; {count} rows: {reason}" for reason, count in skipped.most_common(3))
         raise DataError(f"no usable row in {job.settings.source}: check data.source and data.filter{left_out}")
-    return _Shuffled(pieces, {split: dict(sorted(counts.items())) for split, counts in labels.items()}, dict(sorted(skipped.items())))
+    return _Shuffled(fragments, {split: dict(sorted(counts.items())) for split, counts in labels.items()}, dict(sorted(skipped.items())))
 
 
-def _tokenise_all(job: PartitionJob, pieces: dict[int, list[Piece]], report: Callable[[PartitionProgress], None]) -> list[PartitionCounts]:
+def _tokenise_all(job: PartitionJob, fragments: list[Fragment], report: Callable[[PartitionProgress], None]) -> list[PartitionCounts]:
     """Run the second pass; returns the counts in the order of the partitions."""
-    items = [
-        json.dumps({"partition": partition, "pieces": [[piece.partition, piece.path, piece.batch] for piece in found]})
-        for partition, found in pieces.items()
-    ]
+    items = []
+    for partition in range(job.partitions):
+        pieces = [piece for fragment in fragments if (piece := fragment.piece(partition))]
+        items.append(json.dumps({"partition": partition, "pieces": [[piece.path, piece.start, piece.stop] for piece in pieces]}))
     counts: dict[int, PartitionCounts] = {}
     rows = 0
     for line in _run(lambda item: finish_partition(job, item), items):
@@ -174,12 +174,11 @@ def _digest(job: PartitionJob, units: list[ReadUnit]) -> str:
     return hashlib.blake2b(identity.encode("utf-8"), key=job.secret, digest_size=16).hexdigest()
 
 
-def _remove_unfinished(fs: fsspec.AbstractFileSystem, folder: str, kinds: tuple[str, ...] = ("fragments-", "partition-")) -> None:
-    """Remove what an attempt that didn't finish left behind; only names that this file makes."""
-    fs.invalidate_cache(folder)
-    for path in fs.ls(folder, detail=False) if fs.exists(folder) else []:
-        if str(path).rstrip("/").rsplit("/", 1)[-1].startswith(kinds):
-            fs.rm(path, recursive=True)
+def _remove_fragments(objects: ObjectStore) -> None:
+    """Remove this attempt's fragments, or those that an earlier one left behind."""
+    for folder in objects.folders():
+        if folder.startswith("fragments-"):
+            objects.delete_folder(folder)
 
 
 def _describe_bad_rows(bad: list[tuple[int, BadRow]]) -> str:

@@ -10,19 +10,21 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pydantic import BaseModel
 
-from plora_ray.data.fragments import FragmentWriter, Piece, read_pieces
+from plora_ray.data.fragments import FragmentWriter, read_pieces
 from plora_ray.data.rows import SPLITS, BadRow, RawRows, RowRules, SplitName, Task, split_by_text
 from plora_ray.data.sources import ReadUnit, SourceSettings, read_unit
 from plora_ray.data.stats import PartitionCounts, refuse_too_many_classes
 from plora_ray.data.table import partition_schema, write_partition
 from plora_ray.errors import ModelError, PloraError
 from plora_ray.identity import partition_of, user_key
+from plora_ray.store.objects import ObjectRange, ObjectStore
+from plora_ray.store.retries import retrying
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,26 +35,28 @@ TEXTS_PER_CALL = 4096  # to the tokenizer: bounds its Python lists and keeps tok
 
 @dataclass(frozen=True)
 class PartitionJob:
-    """What every task needs. Holds secrets: it travels to the tasks inside a closure and is never printed or stored."""
+    """What every task needs. Holds secrets: it travels to the tasks inside a closure and is never printed or stored.
+
+    destination: the folder of the partitions. fragments: the one in it for what lies between the passes.
+    """
 
     settings: SourceSettings
     task: Task
-    destination: str
+    destination: ObjectStore
     fragments: str
     partitions: int
     tokenizer_path: str
     max_length: int
     seed: int
     secret: bytes = field(repr=False)
-    storage_options: dict[str, Any] = field(repr=False)
 
 
 class UnitResult(BaseModel):
-    """What the first pass says about a unit; `pieces` are (partition, path, batch in the file)."""
+    """What the first pass says about a unit; `fragments` are (path, offsets of the partitions in it)."""
 
     unit: int
     rows: int = 0
-    pieces: list[tuple[int, str, int]] = []
+    fragments: list[tuple[str, list[int]]] = []
     label_counts: dict[SplitName, dict[str, int]] = {}
     bad_rows: list[tuple[str, int, str]] = []
     skipped: dict[str, int] = {}
@@ -72,40 +76,43 @@ def fragment_unit(job: PartitionJob, item: str) -> str:
     """First pass, one unit: validate, key, split, and write fragments."""
     parsed = json.loads(item)
     unit, index = ReadUnit.model_validate(parsed["unit"]), int(parsed["index"])
+    try:
+        # From the start after a passing failure: rows come out of open files, and the same fragments are written again.
+        return retrying(job.destination.retry_s)(_fragment, job, unit, index).model_dump_json()
+    except PloraError as error:
+        return UnitResult(unit=index, error=str(error)).model_dump_json()
+
+
+def _fragment(job: PartitionJob, unit: ReadUnit, index: int) -> UnitResult:
     settings, rules = job.settings, RowRules(job.task, job.settings.max_text_chars)
-    writer = FragmentWriter(job.fragments, index, job.task, job.storage_options)
+    writer = FragmentWriter(job.destination, job.fragments, index, job.task, job.partitions)
     result = UnitResult(unit=index)
     skipped: Counter[str] = Counter()
     labels: dict[SplitName, Counter[str]] = {split: Counter() for split in SPLITS}
-    try:
-        for raw in read_unit(unit, settings):
-            result.has_split = _agreed(result.has_split, raw)
-            for checked in rules.check(raw):
-                if isinstance(checked, BadRow):
-                    skipped[checked.reason] += 1
-                    if settings.on_bad_row == "stop":
-                        result.bad_rows.append((checked.file, checked.row, checked.reason))
-                    continue
-                number, row = checked
-                split = row.split or split_by_text(row.text, job.seed, settings.validation_fraction, settings.test_fraction)
-                key = user_key(row.user_id, job.secret)
-                writer.add(partition_of(key, job.partitions), key, number, row, split)
-                result.rows += 1
-                if isinstance(row.label, str):
-                    labels[split][row.label] += 1
-            refuse_too_many_classes(len(labels["train"]))
-            if len(result.bad_rows) >= BAD_ROWS_SHOWN:
-                break
-        if not result.bad_rows:  # else the job stops, and texts needn't be stored
-            writer.flush()
-    except PloraError as error:
-        result.error = str(error)
-    except OSError as error:
-        result.error = _cannot_write(job, error)
-    result.pieces = [(piece.partition, piece.path, piece.batch) for piece in writer.pieces]
+    for raw in read_unit(unit, settings):
+        result.has_split = _agreed(result.has_split, raw)
+        for checked in rules.check(raw):
+            if isinstance(checked, BadRow):
+                skipped[checked.reason] += 1
+                if settings.on_bad_row == "stop":
+                    result.bad_rows.append((checked.file, checked.row, checked.reason))
+                continue
+            number, row = checked
+            split = row.split or split_by_text(row.text, job.seed, settings.validation_fraction, settings.test_fraction)
+            key = user_key(row.user_id, job.secret)
+            writer.add(partition_of(key, job.partitions), key, number, row, split)
+            result.rows += 1
+            if isinstance(row.label, str):
+                labels[split][row.label] += 1
+        refuse_too_many_classes(len(labels["train"]))
+        if len(result.bad_rows) >= BAD_ROWS_SHOWN:
+            break
+    if not result.bad_rows:  # else the job stops, and texts needn't be stored
+        writer.flush()
+    result.fragments = [(fragment.path, fragment.offsets.tolist()) for fragment in writer.fragments]
     result.label_counts = {split: dict(counts) for split, counts in labels.items()}
     result.skipped = dict(skipped)
-    return result.model_dump_json()
+    return result
 
 
 def finish_partition(job: PartitionJob, item: str) -> str:
@@ -113,15 +120,13 @@ def finish_partition(job: PartitionJob, item: str) -> str:
     parsed = json.loads(item)
     result = PartitionResult(partition=int(parsed["partition"]))
     try:
-        rows = read_pieces([Piece(*piece) for piece in parsed["pieces"]], job.task, job.storage_options)
+        rows = read_pieces(job.destination, [ObjectRange(*piece) for piece in parsed["pieces"]], job.task)
         tokens = _tokenise(rows["text"], load_tokenizer(job.tokenizer_path), job.max_length)
         columns = [rows["key"], tokens, rows["label"], rows["split"], rows["timestamp"]]
-        write_partition(job.destination, result.partition, pa.table(columns, schema=partition_schema(job.task)), job.storage_options)
+        write_partition(job.destination, result.partition, pa.table(columns, schema=partition_schema(job.task)))
         result.counts = _count(rows, tokens, job.task)
     except PloraError as error:
         result.error = str(error)
-    except OSError as error:
-        result.error = _cannot_write(job, error)
     return result.model_dump_json()
 
 
@@ -165,12 +170,6 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no tokenizer at {path!r}: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
     return tokenizer
-
-
-def _cannot_write(job: PartitionJob, error: OSError) -> str:
-    """What reading can raise is a DataError already, so an OSError comes from the destination."""
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return f"{job.destination} must be a folder that every node can write to and read: {reason}"
 
 
 def _agreed(has_split: bool | None, raw: RawRows) -> bool | None:

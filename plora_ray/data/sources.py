@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,19 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from plora_ray.data.formats import EXTENSIONS, Records, csv_records, format_of, is_data_file, json_records, parquet_records
+from plora_ray.data.formats import COMPRESSIONS, EXTENSIONS, Records, csv_records, format_of, is_data_file, json_records, parquet_records
 from plora_ray.data.huggingface import HuggingFaceName, hugging_face_records, hugging_face_splits, hugging_face_version
 from plora_ray.data.rows import SPLIT_ALIASES, BadRow, RawRows, RowProblem, class_label
 from plora_ray.data.synthetic import SyntheticParams, rows_of_user
 from plora_ray.errors import DataError
 
 SYNTHETIC_USERS_PER_UNIT = 2000
+ROWS_PER_PARTITION = 32_768
+BYTES_PER_PARTITION = 64 * 2**20
+ASSUMED_BYTES_PER_ROW = 128  # of CSV and JSON lines
+ASSUMED_COMPRESSION = 5
+ASSUMED_ROWS_PER_SHARD = 2 * ROWS_PER_PARTITION  # a Hugging Face dataset doesn't tell
+LEAST_PARTITIONS, MOST_PARTITIONS = 8, 65_536
 FOOTER_THREADS = 16  # listing is bound by the latency of small reads
 
 
@@ -90,9 +97,10 @@ class ReadUnit(BaseModel):
     part: int = 0  # row group or shard
     first: int = 0
     count: int = 0  # synthetic users
+    rows: int = 0  # as far as the source tells without being read
     split: str | None = None  # the Hugging Face split to read
     names_split: bool = False  # whether that split is also the rows' split
-    size_bytes: int = 0
+    size_bytes: int = 0  # of the file; of a row group without compression
     version: str = ""  # changes when the content does
 
 
@@ -105,8 +113,9 @@ def list_units(settings: SourceSettings) -> list[ReadUnit]:
         params = SyntheticParams.from_url(settings.source)
         firsts = range(0, params.users, SYNTHETIC_USERS_PER_UNIT)
         return [
-            ReadUnit(kind="synthetic", file=settings.source, first=first, count=min(SYNTHETIC_USERS_PER_UNIT, params.users - first))
+            ReadUnit(kind="synthetic", file=settings.source, first=first, count=count, rows=count * params.texts)
             for first in firsts
+            for count in (min(SYNTHETIC_USERS_PER_UNIT, params.users - first),)
         ]
     if settings.source.startswith("hf://"):
         return _hugging_face_units(settings.source)
@@ -132,6 +141,20 @@ def read_unit(unit: ReadUnit, settings: SourceSettings) -> Iterator[RawRows]:
     except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{unit.file} can't be read: {reason}") from error
+
+
+def suggest_partitions(units: list[ReadUnit]) -> int:
+    """How many partitions keep each within what a task holds easily: they grow with the source, so that memory needn't.
+
+    The same for the same source, whatever the cluster. Rows are taken from the units, or estimated from compressed or plain bytes.
+    """
+    rows = bytes_ = 0.0
+    for unit in units:
+        size = unit.size_bytes * (ASSUMED_COMPRESSION if unit.file.endswith(COMPRESSIONS) else 1)
+        rows += unit.rows or size / ASSUMED_BYTES_PER_ROW or ASSUMED_ROWS_PER_SHARD
+        bytes_ += size
+    wanted = max(rows / ROWS_PER_PARTITION, bytes_ / BYTES_PER_PARTITION)
+    return min(max(math.ceil(wanted), LEAST_PARTITIONS), MOST_PARTITIONS)
 
 
 def fingerprint(settings: SourceSettings, units: list[ReadUnit]) -> str:
@@ -182,8 +205,9 @@ def _units_of_file(fs: fsspec.AbstractFileSystem, path: str, settings: SourceSet
     settings.columns.resolve(tuple(metadata.schema.to_arrow_schema().names), file)
     units, first = [], 1
     for group in range(metadata.num_row_groups):
-        units.append(whole.model_copy(update={"part": group, "first": first}))
-        first += metadata.row_group(group).num_rows
+        rows, size = metadata.row_group(group).num_rows, metadata.row_group(group).total_byte_size
+        units.append(whole.model_copy(update={"part": group, "first": first, "rows": rows, "size_bytes": size}))
+        first += rows
     return units
 
 

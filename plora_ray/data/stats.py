@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plora_ray.data.rows import SPLITS, SplitName, Task
-from plora_ray.data.table import put_object
 from plora_ray.errors import DataError
+from plora_ray.store.objects import ObjectStore
 
 DONE_FILE = "_done.json"
 MAX_CLASSES = 10_000  # beyond it a label column holds texts or ids, and every map would carry them all
@@ -108,25 +106,21 @@ def refuse_too_many_classes(classes: int) -> None:
         raise DataError(f"the label column has more than {MAX_CLASSES} different values: map columns.label or set task: regression")
 
 
-def read_done(destination: str, digest: str, storage_options: dict[str, Any]) -> PartitionStats | None:
-    """Return the stats of the partitioning that was finished in `destination`, None if there is none.
+def read_done(objects: ObjectStore, digest: str) -> PartitionStats | None:
+    """Return the stats of the partitioning that was finished in this folder, None if there is none.
 
     Raises DataError if it is finished but was made from other rows or settings.
     """
-    fs, path = fsspec.core.url_to_fs(_done_path(destination), **storage_options)
+    data = objects.read_many([DONE_FILE]).get(DONE_FILE)
     try:
-        stats = PartitionStats.model_validate(json.loads(fs.cat_file(path)))
-    except (FileNotFoundError, ValueError, ValidationError):
+        stats = PartitionStats.model_validate(json.loads(data or b""))
+    except (ValueError, ValidationError):
         return None
     if stats.digest != digest:
-        raise DataError(f"{destination} holds partitions of other rows or settings: give an empty folder or delete it")
+        raise DataError(f"{objects.uri} holds partitions of other rows or settings: give an empty folder or delete it")
     return stats
 
 
-def write_done(destination: str, stats: PartitionStats, storage_options: dict[str, Any]) -> None:
+def write_done(objects: ObjectStore, stats: PartitionStats) -> None:
     """Mark the partitioning as finished."""
-    put_object(_done_path(destination), stats.model_dump_json(indent=1).encode("utf-8"), storage_options)
-
-
-def _done_path(destination: str) -> str:
-    return f"{destination.rstrip('/')}/{DONE_FILE}"
+    objects.write(DONE_FILE, stats.model_dump_json(indent=1).encode("utf-8"))

@@ -10,9 +10,7 @@ import io
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from uuid import uuid4
 
-import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -21,6 +19,8 @@ from numpy.typing import NDArray
 from plora_ray.data.rows import SPLITS, SplitName, Task
 from plora_ray.errors import DataError
 from plora_ray.identity import KEY_BYTES
+from plora_ray.store.object_errors import ObjectNotFound
+from plora_ray.store.objects import SERVING_RETRY_S, ObjectStore
 
 ROWS_PER_ROW_GROUP = 65_536
 
@@ -74,9 +74,9 @@ class PartitionTable:
         return rows
 
 
-def partition_path(destination: str, partition: int) -> str:
-    """Where a partition lies below the destination."""
-    return f"{destination.rstrip('/')}/partition-{partition:05d}.parquet"
+def partition_path(partition: int) -> str:
+    """The name of one partition's file in its folder."""
+    return f"partition-{partition:05d}.parquet"
 
 
 def partition_schema(task: Task) -> pa.Schema:
@@ -92,24 +92,24 @@ def partition_schema(task: Task) -> pa.Schema:
     )
 
 
-def write_partition(destination: str, partition: int, table: pa.Table, storage_options: dict[str, Any]) -> None:
+def write_partition(objects: ObjectStore, partition: int, table: pa.Table) -> None:
     """Write a table of `partition_schema` sorted by key; readers see all of it or nothing."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=ROWS_PER_ROW_GROUP, compression="zstd")
-    put_object(partition_path(destination, partition), buffer.getvalue(), storage_options)
+    objects.write(partition_path(partition), buffer.getvalue())
 
 
-def read_partition(destination: str, partition: int, storage_options: dict[str, Any] | None = None) -> PartitionTable:
+def read_partition(
+    destination: str, partition: int, storage_options: dict[str, Any] | None = None, *, retry_s: float = SERVING_RETRY_S
+) -> PartitionTable:
     """Read one partition into memory, column by column. Raises DataError if it isn't there or isn't a partition."""
-    path = partition_path(destination, partition)
+    objects, path = ObjectStore(destination, storage_options, retry_s=retry_s), partition_path(partition)
     try:
-        fs, place = fsspec.core.url_to_fs(path, **(storage_options or {}))
-        with fs.open(place, "rb") as stream:
-            table = pq.read_table(stream, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} can't be read ({type(error).__name__}): partition the data again") from error
+        table = pq.read_table(pa.BufferReader(objects.read(path)), use_threads=False)
+    except (ObjectNotFound, pa.ArrowException) as error:
+        raise DataError(f"{objects.uri_of(path)} can't be read ({type(error).__name__}): partition the data again") from error
     if table.schema.names != partition_schema("classification").names:
-        raise DataError(f"{path} isn't a partition file: its columns are {', '.join(table.schema.names)}")
+        raise DataError(f"{objects.uri_of(path)} isn't a partition file: its columns are {', '.join(table.schema.names)}")
     keys = np.frombuffer(b"".join(_fixed_bytes(chunk) for chunk in table["key"].chunks), np.uint8).reshape(-1, KEY_BYTES)
     starts = np.flatnonzero(np.concatenate([[True], (keys[1:] != keys[:-1]).any(axis=1)])[: len(keys)])
     tokens, row_offsets = _ragged(table["input_ids"])
@@ -123,18 +123,6 @@ def read_partition(destination: str, partition: int, storage_options: dict[str, 
         split=table["split"].to_numpy(),
         timestamps=timestamps,
     )
-
-
-def put_object(path: str, data: bytes, storage_options: dict[str, Any]) -> None:
-    """Write an object that exists wholly or not at all, whatever happens to the writer."""
-    fs, place = fsspec.core.url_to_fs(path, **storage_options)
-    if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-        fs.pipe_file(place, data)  # object stores show an object only when its upload is complete
-        return
-    fs.makedirs(fs._parent(place), exist_ok=True)
-    temporary = f"{place}.{uuid4().hex}.writing"
-    fs.pipe_file(temporary, data)
-    fs.mv(temporary, place)
 
 
 def _fixed_bytes(chunk: pa.Array) -> bytes:

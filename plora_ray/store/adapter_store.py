@@ -23,7 +23,7 @@ from plora_ray.store.adapters import (
 )
 from plora_ray.store.manifest import Beginning, Current, Manifest, Tombstone, check_generation_id, dump_json, load_json
 from plora_ray.store.object_errors import ObjectExists, ObjectNotFound
-from plora_ray.store.objects import ObjectRange, ObjectStore
+from plora_ray.store.objects import SERVING_RETRY_S, ObjectRange, ObjectStore
 from plora_ray.store.reader import GenerationReader
 from plora_ray.store.store_identity import open_identity
 from plora_ray.store.tombstones import Tombstones
@@ -49,24 +49,36 @@ class AdapterStore:
     storage_options  for s3://: key, secret, endpoint_url, client_kwargs, ... as fsspec takes them
     secret           16 to 64 bytes that key the user hash, kept outside the store; the environment's PLORA_STORE_KEY does the
                      same. With neither, a new store draws a key of its own and keeps it in store.json.
+    retry_s          how long passing failures of the storage are ridden out, in every call
 
     Raises StoreError if there is no store (create=False), if it can't be read, or if it was made with another key; a new store
     must first prove that it honours conditional writes. Threads may share it, and other processes may get a copy.
     """
 
     def __init__(
-        self, uri: str, storage_options: dict[str, Any] | None = None, secret: bytes | None = None, *, create: bool = True
+        self,
+        uri: str,
+        storage_options: dict[str, Any] | None = None,
+        secret: bytes | None = None,
+        *,
+        create: bool = True,
+        retry_s: float = SERVING_RETRY_S,
     ) -> None:
-        self.objects = ObjectStore(uri, storage_options)
+        self.objects = ObjectStore(uri, storage_options, retry_s=retry_s)
         self.store_id, self._secret = open_identity(self.objects, secret, create)
         self._tombstones = Tombstones(self.objects)  # one for the store and all its readers
 
     @classmethod
     def open(
-        cls, uri: str, storage_options: dict[str, Any] | None = None, create: bool = False, secret: bytes | None = None
+        cls,
+        uri: str,
+        storage_options: dict[str, Any] | None = None,
+        create: bool = False,
+        secret: bytes | None = None,
+        retry_s: float = SERVING_RETRY_S,
     ) -> AdapterStore:
         """The store at `uri`, which must exist unless `create`."""
-        return cls(uri, storage_options, secret, create=create)
+        return cls(uri, storage_options, secret, create=create, retry_s=retry_s)
 
     def __repr__(self) -> str:
         return f"AdapterStore({self.uri!r})"

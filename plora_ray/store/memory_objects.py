@@ -60,3 +60,6 @@ class MemoryObjects:
     def delete(self, path: str) -> None:
         with _lock:
             self._objects.pop(path, None)
+
+    def prune(self, folder: str) -> None:
+        """There are only objects here."""

@@ -19,10 +19,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-import fsspec  # type: ignore[import-untyped]
-from pyarrow.fs import FSSpecHandler, PyFileSystem  # type: ignore[import-untyped]
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
 from plora_ray.errors import StoreError
 from plora_ray.store.local_files import LocalFiles
 from plora_ray.store.memory_objects import MemoryObjects
@@ -31,12 +27,12 @@ from plora_ray.store.object_errors import (
     ObjectNotFound,
     is_beyond_end,
     is_refused_condition,
-    is_transient,
     store_error,
 )
+from plora_ray.store.retries import retrying
 from plora_ray.store.s3_objects import S3Objects
 
-MAX_ATTEMPTS = 6
+SERVING_RETRY_S = 3.0  # a request waits for it; jobs, which can wait, give more
 MAX_UPDATES = 50  # a compare-and-replace that loses this often is a bug or a hot spot, not bad luck
 READ_THREADS = 32
 
@@ -77,24 +73,27 @@ class Backend(Protocol):
     def find(self, folder: str) -> list[tuple[str, int, str]]: ...
     def folders(self, folder: str) -> list[str]: ...
     def delete(self, path: str) -> None: ...
+    def prune(self, folder: str) -> None: ...  # drop what is no object: empty folders, leftovers of killed writes
 
 
 class ObjectStore:
     """All objects below `uri`: an absolute or relative path, file:///path, s3://bucket[/prefix] or memory://name.
 
     storage_options go to fsspec's S3 file system (key, secret, endpoint_url, client_kwargs, ...); other stores take none.
+    retry_s: how long a call that meets passing failures (503, a broken connection, ...) is tried again, with random back-off.
     Paths are relative names of letters, digits and `._-`, with no part that begins with a dot. Raises StoreError for an
     unusable URI. A copy sent to another process (or inherited by a fork) opens its own connections.
     """
 
-    def __init__(self, uri: str, storage_options: dict[str, Any] | None = None) -> None:
+    def __init__(self, uri: str, storage_options: dict[str, Any] | None = None, *, retry_s: float = SERVING_RETRY_S) -> None:
         self.storage_options = dict(storage_options or {})
+        self.retry_s = retry_s
         self.uri, self._backend = _open_backend(uri, self.storage_options)
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self._proven = False
 
-    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str, dict[str, Any]]]:
-        return ObjectStore, (self.uri, self.storage_options)
+    def __reduce__(self) -> tuple[Callable[..., ObjectStore], tuple[str, dict[str, Any], float]]:
+        return _reopen, (self.uri, self.storage_options, self.retry_s)
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.uri!r})"  # never the options: they hold credentials
@@ -102,11 +101,6 @@ class ObjectStore:
     def uri_of(self, path: str) -> str:
         """The object's full URI, for messages."""
         return f"{self.uri}/{path}"
-
-    def arrow_filesystem(self, path: str) -> tuple[Any, str]:
-        """(pyarrow file system, path in it) of a folder, for libraries that write through Arrow."""
-        filesystem, place = fsspec.core.url_to_fs(self.uri_of(path), **self.storage_options)
-        return PyFileSystem(FSSpecHandler(filesystem)), place
 
     def read(self, path: str) -> bytes:
         """The whole object. Raises ObjectNotFound."""
@@ -144,15 +138,19 @@ class ObjectStore:
 
     def create(self, path: str, data: bytes) -> None:
         """Write an object that mustn't exist yet. Raises ObjectExists, with the older object untouched."""
+        self._conditional("create", path, data, self._backend.create, path, data)
+
+    def _conditional(self, verb: str, path: str, data: bytes, write: Callable[..., None], *arguments: Any) -> None:
+        """A write that is refused if another writer came first. Raises ObjectExists or ObjectNotFound then."""
         attempts = 0
 
         def attempt() -> None:
             nonlocal attempts
             attempts += 1
-            self._backend.create(path, data)
+            write(*arguments)
 
         try:
-            self._call("create", path, attempt)
+            self._call(verb, path, attempt)
         except ObjectExists:
             # An earlier attempt may have succeeded with its answer lost on the way; then the object is ours.
             if attempts == 1 or self._read_or_none(ObjectRange(path)) != data:
@@ -174,9 +172,9 @@ class ObjectStore:
                 return old
             try:
                 if tag is None:
-                    self._call("create", path, self._backend.create, path, new)
+                    self._conditional("create", path, new, self._backend.create, path, new)
                 else:
-                    self._call("replace", path, self._backend.replace_if, path, new, tag)
+                    self._conditional("replace", path, new, self._backend.replace_if, path, new, tag)
                 return new
             except (ObjectExists, ObjectNotFound):
                 time.sleep(random.uniform(0, min(0.5, 0.005 * 2**round_)))
@@ -206,6 +204,7 @@ class ObjectStore:
                 self._retried("delete", path, self._backend.delete, path)
             except ObjectNotFound:
                 continue
+        self._retried("delete", folder, self._backend.prune, folder)
 
     def probe(self) -> None:
         """Prove, once, that this store can be written and honours conditions. Raises StoreError with the reason if not."""
@@ -243,14 +242,8 @@ class ObjectStore:
 
     def _retried(self, verb: str, path: str, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """As `_call`, for names that a listing gave: other libraries may have chosen them."""
-        retrying = Retrying(
-            retry=retry_if_exception(is_transient),
-            stop=stop_after_attempt(MAX_ATTEMPTS),
-            wait=wait_random_exponential(multiplier=0.1, max=8),
-            reraise=True,
-        )
         try:
-            return retrying(function, *arguments)
+            return retrying(self.retry_s)(function, *arguments)
         except StoreError:
             raise
         except Exception as error:
@@ -262,6 +255,10 @@ class ObjectStore:
         if self._pool is None or self._pool[0] != os.getpid():
             self._pool = (os.getpid(), ThreadPoolExecutor(READ_THREADS, thread_name_prefix="store-read"))
         return self._pool[1]
+
+
+def _reopen(uri: str, storage_options: dict[str, Any], retry_s: float) -> ObjectStore:
+    return ObjectStore(uri, storage_options, retry_s=retry_s)
 
 
 def _open_backend(uri: str, storage_options: dict[str, Any]) -> tuple[str, Backend]:

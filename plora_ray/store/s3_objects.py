@@ -71,6 +71,9 @@ class S3Objects:
     def delete(self, path: str) -> None:
         self._fs().call_s3("delete_object", Bucket=self._bucket, Key=self._key(path))
 
+    def prune(self, folder: str) -> None:
+        """There are only objects in a bucket."""
+
     def _put(self, path: str, data: bytes, **condition: str) -> None:
         if len(data) >= MAX_PUT_BYTES:
             raise OSError(errno.EFBIG, f"{len(data)} bytes don't fit one PUT of at most {MAX_PUT_BYTES}: use more, smaller segments")

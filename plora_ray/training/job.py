@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 import uuid
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.config import Settings, parse_settings
@@ -79,11 +81,28 @@ def _fit(prepared: Prepared, line: ProgressLine, telemetry: Telemetry, history: 
     line.users_at_start = done
     if done:
         line.say(f"{done:,} users are finished already and are not trained again")
-    board = ProgressBoard.remote(done, prepared.stats.train_users)  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost only with the driver itself
+    board = ProgressBoard.options(scheduling_strategy=here).remote(done, prepared.stats.train_users)  # type: ignore[attr-defined]
     workers, use_gpu = _scale(settings)
-    line.say(f"starting {workers} {'GPU' if use_gpu else 'CPU'} workers ...")
-    filesystem, path = prepared.store.objects.arrow_filesystem(f"{prepared.run.folder}/ray")
-    trainer = TorchTrainer(
+    shown = f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else str(workers)
+    line.say(f"starting {shown} {'GPU' if use_gpu else 'CPU'} workers ...")
+    with tempfile.TemporaryDirectory(prefix="plora-ray-train-") as ray_folder, Watcher(board, line, telemetry, history, done):
+        try:
+            _trainer(prepared, board, workers, use_gpu, ray_folder).fit()
+        except Exception as error:
+            raise TrainingFailed(
+                f"training stopped: {_reason(error)}; run the same command again to go on from the last finished wave"
+            ) from error
+    ray.kill(board)
+
+
+def _trainer(prepared: Prepared, board: Any, workers: int | tuple[int, int], use_gpu: bool, ray_folder: str) -> TorchTrainer:
+    """Ray Train's part: who runs where, and starting again. It keeps nothing of ours: ranks go on from their own state in the store.
+
+    ray_folder: where it keeps its own records, a local folder because the store may be what fails.
+    """
+    settings = prepared.assignment.settings
+    return TorchTrainer(
         _train_loop,
         train_loop_config={
             "settings": settings.model_dump(mode="json", exclude={"training": {"mlflow"}}),
@@ -94,25 +113,19 @@ def _fit(prepared: Prepared, line: ProgressLine, telemetry: Telemetry, history: 
             "waves": [asdict(wave) for wave in prepared.assignment.waves],
             "board": board,
         },
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, elastic_resize_monitor_interval_s=settings.training.resize_check_s,
+        ),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
-            name="train-all", storage_path=path, storage_filesystem=filesystem,
+            name="train-all", storage_path=ray_folder,
             failure_config=FailureConfig(max_failures=settings.training.max_failures),
         ),
     )  # fmt: skip
-    with Watcher(board, line, telemetry, history, done):
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise TrainingFailed(
-                f"training stopped: {_reason(error)}; run the same command again to go on from the last finished wave"
-            ) from error
-    ray.kill(board)
 
 
-def _scale(settings: Settings) -> tuple[int, bool]:
-    """(workers, whether each takes a GPU), with `auto` resolved against the cluster's resources."""
+def _scale(settings: Settings) -> tuple[int | tuple[int, int], bool]:
+    """(workers or their range, whether each takes a GPU), with `auto` resolved against the cluster's resources."""
     training, resources = settings.training, ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     use_gpu = gpus > 0 and torch.version.cuda is not None if training.use_gpu == "auto" else training.use_gpu
@@ -121,7 +134,7 @@ def _scale(settings: Settings) -> tuple[int, bool]:
     if training.num_workers != "auto":
         return training.num_workers, use_gpu
     available = gpus if use_gpu else min(2, int(resources.get("CPU", 1)))
-    return max(1, min(available, training.partitions)), use_gpu
+    return max(1, min(available, training.partition_count)), use_gpu
 
 
 def _reason(error: BaseException) -> str:

@@ -8,9 +8,11 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.pretrained import load_tokenizer, resolve_model, weight_hash
 from plora_ray.config import Settings
 from plora_ray.data.partition import partition_rows
-from plora_ray.data.sources import fingerprint, list_units
+from plora_ray.data.sources import ReadUnit, fingerprint, list_units, suggest_partitions
 from plora_ray.data.stats import PartitionStats, label_space
+from plora_ray.errors import ConfigError
 from plora_ray.store import AdapterStore
+from plora_ray.store.retries import retrying
 from plora_ray.training.progress import ProgressLine
 from plora_ray.training.rank import Assignment
 from plora_ray.training.run_state import RunState, run_fingerprint
@@ -34,8 +36,10 @@ def prepare(settings: Settings, line: ProgressLine) -> Prepared:
     check_telemetry(settings.training)
     weights = weight_hash(settings.model.name)
     load_tokenizer(settings.model.name)
-    units = list_units(settings.data)
-    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=True)
+    retry_s = settings.training.store_retry_s
+    units = retrying(retry_s)(list_units, settings.data)
+    settings = _with_partitions(settings, units)
+    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=True, retry_s=retry_s)
     store.objects.probe()
     run = RunState(store.objects, run_fingerprint(settings, fingerprint(settings.data, units), weights))
     generation, resumed = run.begin()
@@ -43,9 +47,9 @@ def prepare(settings: Settings, line: ProgressLine) -> Prepared:
     line.say(f"partitioning {settings.data.source} by user ...")
     uri = store.objects.uri_of(f"{run.folder}/partitions")
     stats = partition_rows(
-        settings.data, settings.task, uri, settings.training.partitions, store.hash_secret, resolve_model(settings.model.name),
+        settings.data, settings.task, uri, settings.training.partition_count, store.hash_secret, resolve_model(settings.model.name),
         settings.model.max_length, settings.training.seed, progress=line.show_partitioning,
-        storage_options=settings.store.storage_options(), units=units,
+        storage_options=settings.store.storage_options(), units=units, retry_s=retry_s,
     )  # fmt: skip
     labels = _labels(settings, stats)
     waves = plan_waves({index: part.train_users for index, part in enumerate(stats.partitions)}, settings.training.users_per_wave)
@@ -53,6 +57,16 @@ def prepare(settings: Settings, line: ProgressLine) -> Prepared:
     line.say(f"{stats.train_users:,} users to train, {stats.rows('train'):,} training rows, {len(waves)} waves{skipped}")
     assignment = Assignment(_absolute(settings, store), run.folder.rpartition("/")[2], generation, labels, uri, waves)
     return Prepared(store, run, assignment, stats, weights)
+
+
+def _with_partitions(settings: Settings, units: list[ReadUnit]) -> Settings:
+    """The settings with `auto` partitions resolved. Raises ConfigError if there are more workers than partitions to own."""
+    training = settings.training
+    partitions = suggest_partitions(units) if training.partitions == "auto" else training.partitions
+    most = training.num_workers[1] if isinstance(training.num_workers, tuple) else training.num_workers
+    if most != "auto" and most > partitions:
+        raise ConfigError(f"training.num_workers is {most}, but these rows make {partitions} partitions: set training.partitions to more")
+    return settings.model_copy(update={"training": training.model_copy(update={"partitions": partitions})})
 
 
 def _absolute(settings: Settings, store: AdapterStore) -> Settings:

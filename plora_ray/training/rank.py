@@ -67,7 +67,7 @@ class Assignment:
 def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) -> None:
     """Both stages of this rank's share. Every rank of the group must call; safe to call again after any failure."""
     settings = assignment.settings
-    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=False)
+    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), retry_s=settings.training.store_retry_s)
     rows = _load_rows(assignment, store, rank, ranks)
     trainer, model = _build(assignment, observer)
     table = UserTable(
@@ -89,7 +89,7 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
         writer.write_shared({**shared, **prior.tensors()}, {"format": "pt"})
     finished: list[set[int]] = [set(writer.finished_waves()) if rank == 0 else set()]
     dist.broadcast_object_list(finished, src=0)
-    mine = set(owned_partitions(settings.training.partitions, rank, ranks))
+    mine = set(owned_partitions(settings.training.partition_count, rank, ranks))
     stage = UserStage(passes, rows, prior, settings.task, writer, run, observer.on_wave, lambda: store.tombstones().keys())
     stage.fit_waves([wave for wave in assignment.waves if wave.partition in mine], finished[0], _in_step(trainer))
     dist.barrier()
@@ -98,8 +98,9 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
 
 def _load_rows(assignment: Assignment, store: AdapterStore, rank: int, ranks: int) -> RankRows:
     settings = assignment.settings
-    owned = owned_partitions(settings.training.partitions, rank, ranks)
-    tables = {index: read_partition(assignment.partitions_uri, index, settings.store.storage_options()) for index in owned}
+    owned = owned_partitions(settings.training.partition_count, rank, ranks)
+    options, retry_s = settings.store.storage_options(), settings.training.store_retry_s
+    tables = {index: read_partition(assignment.partitions_uri, index, options, retry_s=retry_s) for index in owned}
     pad_id = load_tokenizer(settings.model.name).pad_token_id
     return RankRows(tables, assignment.labels, frozenset(store.tombstones()), 0 if pad_id is None else pad_id)
 

@@ -27,7 +27,9 @@ from plora_ray.store.objects import ObjectStore
 RUNS = "runs"
 WAVES_AT_ONCE = 4  # outcomes read at the same time when the report is made; bounds memory
 # What may change between two starts of the same run: it shapes how the work is done, not what comes out.
-_FREE_SETTINGS = {"num_workers", "use_gpu", "sharding", "max_failures", "tensorboard_dir", "mlflow"}
+_FREE_SETTINGS = {
+    "num_workers", "resize_check_s", "use_gpu", "sharding", "max_failures", "store_retry_s", "tensorboard_dir", "mlflow",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -148,16 +148,15 @@ def test_an_unwritable_folder_is_one_line_with_the_reason(tmp_path: Path) -> Non
         ObjectStore("/proc/nowhere").probe()
 
 
-def test_a_missing_bucket_and_an_unreachable_endpoint_are_one_line_with_the_reason(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_bucket_and_an_unreachable_endpoint_are_one_line_with_the_reason(s3_server: Any) -> None:
     with pytest.raises(StoreError, match="create the bucket or correct") as caught:
         ObjectStore("s3://no-such-bucket/x", s3_server.storage_options).probe()
     assert "\n" not in str(caught.value)
     with pytest.raises(StoreError, match="create the bucket"):
         ObjectStore("s3://no-such-bucket/x", s3_server.storage_options).read("a")
-    monkeypatch.setattr("plora_ray.store.objects.MAX_ATTEMPTS", 2)
     unreachable = s3_server.storage_options | {"endpoint_url": "http://127.0.0.1:9"}
     with pytest.raises(StoreError, match="can't read s3://adapters/x/a: .*check the endpoint URL") as caught:
-        ObjectStore("s3://adapters/x", unreachable).read("a")
+        ObjectStore("s3://adapters/x", unreachable, retry_s=0.5).read("a")
     assert "local-secret" not in str(caught.value)
 
 
