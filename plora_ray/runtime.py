@@ -31,8 +31,11 @@ def ray_temp_dir() -> str | None:
 
 
 @contextmanager
-def ray_cluster() -> Iterator[None]:
-    """Connected to RAY_ADDRESS if it is set (as in a submitted job), else to a private local cluster; disconnected at the end."""
+def ray_cluster(cpus: int | None = None) -> Iterator[None]:
+    """Connected to RAY_ADDRESS if it is set (as in a submitted job), else to a private local cluster; disconnected at the end.
+
+    cpus: of the private cluster; all of this machine's if None.
+    """
     joining = bool(os.environ.get("RAY_ADDRESS"))
     if not joining:
         os.environ.update(private_cluster_environment())
@@ -41,7 +44,9 @@ def ray_cluster() -> Iterator[None]:
     if joining:
         ray.init(log_to_driver=False, logging_level="WARNING")
     else:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="WARNING", _temp_dir=ray_temp_dir())
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="WARNING", _temp_dir=ray_temp_dir()
+        )
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from plora_ray.data.rows import BadRow, RowRules
-from plora_ray.data.sources import ColumnMapping, SourceSettings, fingerprint, list_units, read_unit
+from plora_ray.data.sources import ColumnMapping, ReadUnit, SourceSettings, fingerprint, list_units, read_unit, suggest_partitions
 from plora_ray.errors import DataError
 
 GOOD_LINE = '{"user_id": "u", "text": "fine", "label": 1}'
@@ -182,3 +182,16 @@ def test_unknown_settings_and_fractions_that_leave_no_training_rows_are_refused(
     for wrong in ({"sauce": "x"}, {"validation_fraction": 0.5, "test_fraction": 0.5}, {"on_bad_row": "ignore"}):
         with pytest.raises(ValueError, match="sauce|left to train on|on_bad_row"):
             SourceSettings.model_validate(wrong)
+
+
+def test_partitions_grow_with_the_rows_and_no_partition_gets_more_than_a_task_holds(tmp_path: Path, ratings: pd.DataFrame) -> None:
+    ratings.to_parquet(tmp_path / "a.parquet", row_group_size=100)
+    assert sum(unit.rows for unit in list_units(settings_for(tmp_path / "a.parquet"))) == 600
+    assert suggest_partitions(list_units(settings_for(tmp_path / "a.parquet"))) == 8
+    assert suggest_partitions(list_units(settings_for("synthetic://?users=100000&texts=10"))) == 31  # 1,000,000 / 32,768
+    long_texts = [ReadUnit(kind="parquet", file="a", rows=1000, size_bytes=10 * 2**30)]
+    assert suggest_partitions(long_texts) == 160  # 64 MiB each
+    plain = ReadUnit(kind="csv", file="a.csv", size_bytes=2**30)
+    assert suggest_partitions([plain]) == 256
+    assert suggest_partitions([plain.model_copy(update={"file": "a.csv.gz", "size_bytes": 2**28})]) > 256
+    assert suggest_partitions([ReadUnit(kind="hf", file="hf://x#0")] * 100) == 200
