@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR := $(CURDIR)/var/matplotlib
 
-.PHONY: install quickstart test lint bench lock clean
+.PHONY: install quickstart test chaos lint bench lock clean
 
 install: .venv/.installed
 
@@ -20,6 +20,10 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Every fault at every stage; `make test` runs a short form of each.
+chaos: install
+	$(BIN)/python -m pytest tests/chaos -m "chaos or not chaos"
 
 lint: install
 	$(BIN)/ruff check .

@@ -84,6 +84,13 @@ class LocalCluster:
         """Indices of the nodes whose processes run."""
         return [index for index, node in enumerate(self._nodes) if node is not None and node.alive()]
 
+    def pid(self, index: int) -> int:
+        """The process of a node; all that runs on the node descends from it."""
+        node = self._nodes[index]
+        if node is None:
+            raise ConfigError(f"node {index} was removed; running: {', '.join(map(str, self.alive))}")
+        return node.pid
+
     def environment(self) -> dict[str, str]:
         """What a child process needs, over its own environment, to join: addresses, authentication and the cluster's `env`."""
         shared = {**os.environ, **self._overlay}

@@ -30,6 +30,8 @@ from plora_ray.training.telemetry.history import History
 from plora_ray.training.watcher import Watcher
 from plora_ray.training.waves import Wave
 
+REASON_CHARS = 500
+
 
 class TrainingFailed(PloraError):
     """Workers failed more often than training.max_failures allows; the same command goes on where they stopped."""
@@ -138,6 +140,8 @@ def _scale(settings: Settings) -> tuple[int | tuple[int, int], bool]:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line."""
-    text = str(error).strip().splitlines()
-    return (text[-1] if text else type(error).__name__)[:300]
+    """What stopped the ranks, in one line: an error of ours if there is one, since other ranks only see their connections break."""
+    failures = [getattr(failure, "_base_exc", failure) for failure in getattr(error, "worker_failures", {}).values()]
+    cause = next((failure for failure in failures if isinstance(failure, PloraError)), error)
+    lines = str(cause).strip().splitlines()
+    return (lines[-1] if lines else type(cause).__name__)[:REASON_CHARS]

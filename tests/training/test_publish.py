@@ -1,0 +1,68 @@
+"""What is published holds every planned user, or nothing is published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from plora_ray.adapters.labels import LabelSpace
+from plora_ray.config import parse_settings
+from plora_ray.data.stats import PartitionCounts, PartitionStats
+from plora_ray.errors import StoreError
+from plora_ray.store import AdapterStore
+from plora_ray.training.publish import publish
+from plora_ray.training.rank import Assignment
+from plora_ray.training.run_state import RunState, WaveOutcome
+from plora_ray.training.waves import plan_waves
+
+USERS, PER_WAVE, DIM = 6, 2, 8
+LABELS = LabelSpace("classification", ("no", "yes"))
+
+
+def outcome(users: int) -> WaveOutcome:
+    nothing = np.zeros((0, 2), np.float32)
+    return WaveOutcome(
+        np.full(users, 3, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64), nothing, nothing, np.ones((users, 2), np.float32)
+    )
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "segments", "message"),
+    [
+        ({0: 2, 2: 2}, {0: 2, 2: 2}, "1 of 3 waves are not trained .the first is 1.: run the job again"),
+        ({0: 2, 1: 1, 2: 2}, {0: 2, 1: 1, 2: 2}, "the waves hold 5 users, but 6 were planned"),
+        ({0: 2, 1: 2, 2: 2}, {0: 2, 2: 2}, "has 4 users in 2 finished waves, expected 6: run the job again"),
+        ({0: 2, 1: 2, 2: 2}, {0: 2, 1: 1, 2: 2}, "has 5 users in 3 finished waves, expected 6"),
+        ({0: 2, 1: 2, 2: 2}, {0: 2, 1: 2, 2: 2}, None),
+    ],
+)
+def test_a_generation_with_a_missing_wave_or_fewer_users_than_planned_is_not_published(
+    tmp_path: Path, tiny_tree: dict[str, Any], outcomes: dict[int, int], segments: dict[int, int], message: str | None
+) -> None:
+    store = AdapterStore(str(tmp_path / "store"))
+    run = RunState(store.objects, "0" * 32)
+    generation, _ = run.begin()
+    waves = plan_waves({0: USERS}, PER_WAVE)
+    keys = np.frombuffer(b"".join(sorted(store.key(f"u{number}") for number in range(USERS))), np.uint8).reshape(-1, 16)
+    writer = store.begin(generation)
+    writer.write_shared({"B": np.ones((2, 2), np.float32)}, {})
+    for wave in waves:
+        if wave.index in outcomes:
+            run.save_wave(wave.index, outcome(outcomes[wave.index]))
+        if wave.index in segments:
+            mine = keys[wave.start : wave.start + segments[wave.index]]
+            writer.write_segment(wave.index, mine, np.ones((len(mine), DIM), np.float32), np.full(len(mine), 3, np.int32))
+    counts = PartitionCounts(users=USERS, train_users=USERS, rows={"train": 18, "validation": 0, "test": 0}, tokens=18)
+    stats = PartitionStats(
+        digest="", partitions=[counts], label_counts={"train": {"no": 9, "yes": 9}, "validation": {}, "test": {}}, skipped={}
+    )
+    assignment = Assignment(parse_settings(tiny_tree), "0" * 32, generation, LABELS, "unused", waves)
+    if message is None:
+        assert publish(store, run, assignment, stats, "weights", seconds=1.0).users == store.open_generation().users == USERS
+        return
+    with pytest.raises(StoreError, match=message):
+        publish(store, run, assignment, stats, "weights", seconds=1.0)
+    assert store.current() is None and store.generations() == []
