@@ -15,7 +15,9 @@ from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
 from plora_ray.training.publish import publish
 from plora_ray.training.rank import Assignment
+from plora_ray.training.report import TrainingReport, add_up
 from plora_ray.training.run_state import RunState, WaveOutcome
+from plora_ray.training.telemetry.history import History
 from plora_ray.training.waves import plan_waves
 
 USERS, PER_WAVE, DIM = 6, 2, 8
@@ -60,9 +62,14 @@ def test_a_generation_with_a_missing_wave_or_fewer_users_than_planned_is_not_pub
         digest="", partitions=[counts], label_counts={"train": {"no": 9, "yes": 9}, "validation": {}, "test": {}}, skipped={}
     )
     assignment = Assignment(parse_settings(tiny_tree), "0" * 32, generation, LABELS, "unused", waves)
+
+    def end_of_the_run() -> int:
+        report = TrainingReport(assignment, stats, add_up(assignment, run, stats, erased=0), History(store.objects, run.folder), 1.0)
+        return publish(store, run, assignment, report, "weights", seconds=1.0).users
+
     if message is None:
-        assert publish(store, run, assignment, stats, "weights", seconds=1.0).users == store.open_generation().users == USERS
+        assert end_of_the_run() == store.open_generation().users == USERS
         return
     with pytest.raises(StoreError, match=message):
-        publish(store, run, assignment, stats, "weights", seconds=1.0)
+        end_of_the_run()
     assert store.current() is None and store.generations() == []
