@@ -92,14 +92,20 @@ def kill(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=30)
 
 
+def working_processes(root_pid: int) -> list[psutil.Process]:
+    """The processes below `root_pid` that run a task or an actor of the job now."""
+    return [process for process, title in _titled(root_pid) if title.startswith("ray::") and "IDLE" not in title and "Agent" not in title]
+
+
 def training_workers(root_pid: int) -> list[psutil.Process]:
-    """The processes below `root_pid` in which Ray Train runs ranks."""
-    found = []
+    """Those in which Ray Train runs ranks."""
+    return [process for process, title in _titled(root_pid) if "RayTrainWorker" in title]
+
+
+def _titled(root_pid: int) -> Iterator[tuple[psutil.Process, str]]:
     for process in psutil.Process(root_pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+            yield process, " ".join(process.cmdline())
 
 
 def segments(store: Path) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import psutil
 import pytest
 
 from cluster.local import LocalCluster
-from tests.chaos.jobs import FitLog, Job, assert_whole, kill, segments, training_workers, write
+from tests.chaos.jobs import FitLog, Job, assert_whole, kill, segments, training_workers, working_processes, write
 
 MORE_WAVES = 3
 ELASTIC = ("training.num_workers=[1, 2]", "training.resize_check_s=2")
@@ -95,12 +94,6 @@ def test_a_worker_or_task_killed_before_the_waves_costs_nothing_but_time(
     config, store = write(many_waves, tmp_path), Path(many_waves["store"]["uri"])
     with Job(config, environment=cluster.environment()) as job:
         job.wait_until(lambda: any(store.glob(f"runs/*/{stage}")), stage)
-        busy = [
-            process
-            for process in psutil.Process(cluster.pid(1)).children(recursive=True)
-            if process.name().startswith("ray::") and "IDLE" not in process.name() and "Agent" not in process.name()
-        ]
-        kill(busy)
-        time.sleep(0)
+        kill(working_processes(cluster.pid(1)))
         result = job.published()
     assert_whole(config, result)
