@@ -99,6 +99,8 @@ def _advice(error: BaseException) -> str:
         return "check the credentials and the bucket's policy"
     if isinstance(error, (BotoConnectionError, HTTPClientError, ConnectionError, FSTimeoutError, TimeoutError)):
         return "check the endpoint URL and the network"
+    if http_status(error) in TRANSIENT_STATUS:
+        return "the storage is overloaded or away for now"
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         return "check that this user may read and write the folder"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
