@@ -8,16 +8,15 @@ them what Ray's object store holds. The ten copies have other user ids each; the
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import psutil
 import pyarrow as pa
@@ -25,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import typer
 
-from benchmarks.serve import Figure
+from benchmarks.figures import Figure
 from plora_ray.adapters.pretrained import resolve_model
 from plora_ray.data.partition import PartitionStats, partition_rows
 from plora_ray.data.sources import SourceSettings, list_units, suggest_partitions
@@ -171,8 +170,7 @@ def main(
             shutil.rmtree(folder)
             typer.echo(_described(runs[size]), err=True)
     for figure in figures(runs):
-        values: dict[str, Any] = asdict(figure)
-        print(json.dumps(values) if as_json else f"{values['figure']}: {values['value']}")
+        figure.emit(as_json)
 
 
 def _described(run: Run) -> str:
