@@ -15,10 +15,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from plora_ray.adapters.adam import AdamSteps
-from plora_ray.adapters.fit_memory import Solver
 from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.model import AdapterSpec
 from plora_ray.adapters.objective import MutualInformation
+from plora_ray.adapters.solver import Solver, UserFit
 from plora_ray.data.sources import SourceSettings
 from plora_ray.errors import ConfigError
 
@@ -272,11 +272,12 @@ class Settings(_Section):
             return self.training.user_solver
         return "adam" if self.adapter.kind == "lora" else "newton"
 
-    def adam_steps(self) -> AdamSteps:
-        """How the per-user Adam goes."""
+    def user_fit(self) -> UserFit:
+        """How users are fitted, here and in few-shot fits of the generation."""
         adam = self.training.adam
         rate = adam.learning_rate or ADAM_LEARNING_RATES[self.adapter.kind]
-        return AdamSteps(epochs=adam.epochs, learning_rate=rate, rows_per_step=adam.rows_per_step, patience=adam.patience)
+        steps = AdamSteps(epochs=adam.epochs, learning_rate=rate, rows_per_step=adam.rows_per_step, patience=adam.patience)
+        return UserFit(self.user_solver, steps, adam.pull)
 
     def adapter_spec(self, outputs: int) -> AdapterSpec:
         """The personalised model's shapes for `outputs` classes (1 for a regression)."""

@@ -78,6 +78,6 @@ def test_s3_settings_hold_no_secret() -> None:
 def test_a_kind_has_its_solver_and_its_learning_rate_unless_they_are_set() -> None:
     plora, lora = parse_settings({}), parse_settings({"adapter": {"kind": "lora"}})
     assert (plora.user_solver, lora.user_solver) == ("newton", "adam")
-    assert lora.adam_steps().learning_rate < plora.adam_steps().learning_rate
+    assert lora.user_fit().steps.learning_rate < plora.user_fit().steps.learning_rate
     chosen = parse_settings({"training": {"user_solver": "adam", "adam": {"learning_rate": 0.5}}})
-    assert chosen.user_solver == "adam" and chosen.adam_steps().learning_rate == 0.5
+    assert chosen.user_fit().solver == "adam" and chosen.user_fit().steps.learning_rate == 0.5

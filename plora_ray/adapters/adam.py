@@ -31,13 +31,15 @@ class AdamSteps:
     """How users are fitted.
 
     epochs: passes over a user's rows. learning_rate: at a user's first step. rows_per_step: of one user. patience: epochs
-    without a lower loss on the user's validation rows after which it stops; whoever has none makes all epochs.
+    without a lower loss on the user's validation rows after which it stops; whoever has none makes all epochs. max_steps: of one
+    user, however many rows it has; None sets no bound.
     """
 
     epochs: int = 10
     learning_rate: float = 1e-3
     rows_per_step: int = 16
     patience: int = 3
+    max_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class _Fit:
         self.stale = [0] * count  # epochs since the lowest validation loss
         self.stopped = [False] * count
         self.per_epoch = [self.train.shares(user, self._rows_per_step(user)) for user in range(count)]
+        self.in_all = [min(steps.epochs * part, steps.max_steps or 2**31) for part in self.per_epoch]
         self.active = [user for user in range(count) if self.per_epoch[user]]
         self.orders: dict[int, Tensor] = {}
 
@@ -134,7 +137,7 @@ class _Fit:
 
     def _goes_on(self, user: int) -> bool:
         self.stopped[user] = self.stale[user] >= self.steps.patience
-        return not self.stopped[user] and self.done[user] < self.steps.epochs * self.per_epoch[user]
+        return not self.stopped[user] and self.done[user] < self.in_all[user]
 
     def _next_share(self, user: int) -> Share:
         """The rows of the user's next step: a part of this epoch's order, or all it has."""
@@ -169,7 +172,7 @@ class _Fit:
         first = self.first[users].mul_(beta1).add_(gradient, alpha=1 - beta1)
         second = self.second[users].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         self.first[users], self.second[users] = first, second
-        done = torch.tensor([[self.done[int(user)], self.steps.epochs * self.per_epoch[int(user)]] for user in pack.users], device=device)
+        done = torch.tensor([[self.done[int(user)], self.in_all[int(user)]] for user in pack.users], device=device)
         taken = done[:, :1].double() + 1
         rate = self.steps.learning_rate * (1 - (1 - LAST_RATE) * done[:, :1].double() / done[:, 1:])
         size = (rate / (1 - beta1**taken)).float()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from plora_ray.adapters.fit import OUTER_PRODUCT_ROWS
-
-Solver = Literal["newton", "adam"]
+from plora_ray.adapters.solver import Solver
 
 NEWTON_BLOCK_BYTES = 256 * 2**20  # Newton solves a wave in blocks of users of about so many bytes
 _NEWTON_VECTORS = 10  # float64 [width] a user: point, gradient, direction, trial, best and what their sums pass through

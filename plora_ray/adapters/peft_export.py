@@ -1,9 +1,10 @@
-"""One user's model in the terms of Hugging Face PEFT: a LoRA whose B has a bias, and that bias is the user.
+"""One user's model in the terms of Hugging Face PEFT.
 
-    PLoRA   y = W x + b + s * B (A x + P p_u)
+    plora   y = W x + b + s * B (A x + P p_u)
     PEFT    y = W x + b + s * (B' A' x + b')        with lora_bias      =>      A' = A, B' = B, b' = B P p_u
+    lora    y = W x + b + s * B_u A_u x             is PEFT's plain LoRA       =>      A' = A_u, B' = B_u
 
-Exact, not an approximation, because the user's term doesn't depend on x. Knows names and tensors; writes no files and needs
+Exact, not an approximation, because the user's term of plora doesn't depend on x. Knows names and tensors; writes no files and needs
 no PEFT.
 """
 
@@ -21,8 +22,10 @@ PREFIX = "base_model.model."  # what PEFT puts before the names of a base model'
 def peft_tensors(model: PersonalizedModel, user_vector: Tensor) -> dict[str, Tensor]:
     """The adapter's weights, float32, under PEFT's names.
 
-    model: in the training form (not folded). user_vector: [d].
+    model: in the training form (not folded). user_vector: [user_width].
     """
+    if model.spec.kind == "lora":
+        return _private_tensors(model, user_vector)
     shared = {name: parameter.detach().float().cpu() for name, parameter in model.shared_parameters().items()}
     tensors = {}
     for layer in adapted_layers(model):
@@ -31,6 +34,14 @@ def peft_tensors(model: PersonalizedModel, user_vector: Tensor) -> dict[str, Ten
         tensors[f"{PREFIX}{layer}.lora_A.weight"] = a.contiguous()
         tensors[f"{PREFIX}{layer}.lora_B.weight"] = b.contiguous()
         tensors[f"{PREFIX}{layer}.lora_B.bias"] = user.float()
+    return tensors
+
+
+def _private_tensors(model: PersonalizedModel, user_vector: Tensor) -> dict[str, Tensor]:
+    tensors = {}
+    for layer, (a, b) in model.user_matrices(user_vector.detach().float().cpu()).items():
+        tensors[f"{PREFIX}{layer}.lora_A.weight"] = a.contiguous().clone()
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = b.contiguous().clone()
     return tensors
 
 
@@ -50,7 +61,7 @@ def peft_config(model: PersonalizedModel) -> dict[str, Any]:
         "r": spec.rank,
         "lora_alpha": spec.alpha,
         "lora_dropout": 0.0,
-        "lora_bias": True,
+        "lora_bias": spec.kind == "plora",
         "target_modules": adapted_layers(model),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -68,5 +79,6 @@ def adapted_layers(model: PersonalizedModel) -> list[str]:
 
 
 def can_merge(model: PersonalizedModel) -> bool:
-    """Whether PEFT can merge the adapter into the base weights: the user's bias needs a bias to be added to."""
-    return all(getattr(model.plm.get_submodule(layer), "bias", None) is not None for layer in adapted_layers(model))
+    """Whether PEFT can merge the adapter into the base weights: a user's bias needs a bias to be added to."""
+    biases = (getattr(model.plm.get_submodule(layer), "bias", None) for layer in adapted_layers(model))
+    return model.spec.kind == "lora" or all(bias is not None for bias in biases)

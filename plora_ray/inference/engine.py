@@ -63,6 +63,7 @@ class InferenceEngine:
         self.cache = AdapterCache(
             lambda key: loaded.store.pull(loaded.reader, key), budget_bytes=cache_bytes, max_age_s=max_age_s, unknown_ttl_s=unknown_ttl_s
         )
+        self._nobody = loaded.model.population_vector().cpu()  # the vector of rows without an adapter, in a batch with some
         self._pad_id = loaded.tokenizer.pad_token_id or 0
         self._device = next(loaded.model.parameters()).device
         self._batcher = Batcher(self._forward, max_tokens=batch_tokens, max_rows=batch_rows, wait_s=wait_s, max_queued=queued_texts)
@@ -103,7 +104,7 @@ class InferenceEngine:
         return self.loaded.encode(texts)
 
     def score(self, ids: Sequence[Sequence[int]], vectors: Sequence[Tensor | None]) -> Tensor:
-        """Logits [rows, outputs] of token ids with the given user vectors [d] or None, batched with whatever else is queued."""
+        """Logits [rows, outputs] of token ids with the given user vectors [user_width] or None, batched with whatever else is queued."""
         futures = self._batcher.submit(list(zip(ids, vectors, strict=True)))
         return torch.stack([future.result() for future in futures])
 
@@ -125,8 +126,7 @@ class InferenceEngine:
         input_ids, mask = pad(ids, self._pad_id)
         users: Tensor | None = None
         if any(vector is not None for vector in vectors):
-            nobody = torch.zeros(self.loaded.user_dim)
-            users = torch.stack([nobody if vector is None else vector for vector in vectors]).to(self._device)
+            users = torch.stack([self._nobody if vector is None else vector for vector in vectors]).to(self._device)
         return self.loaded.model(input_ids.to(self._device), mask.to(self._device), users).cpu()
 
 

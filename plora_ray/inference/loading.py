@@ -1,4 +1,4 @@
-"""From a generation in the store to a folded model in memory, checked to be the model it was trained on."""
+"""From a generation in the store to a serving model in memory, checked to be the model it was trained on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.adapters.pretrained import load_tokenizer, weight_hash
+from plora_ray.adapters.solver import UserFit
 from plora_ray.errors import ModelError
 from plora_ray.store import AdapterStore
 from plora_ray.store.reader import GenerationReader
@@ -21,6 +22,8 @@ from plora_ray.store.reader import GenerationReader
 @dataclass(frozen=True)
 class LoadedGeneration:
     """Everything a process needs to answer with one generation. `reader` finds the users' own adapters in the store.
+
+    fit: how its users were fitted, and how new ones are. prior: of user vectors; None for private matrices, which have none.
 
     The model holds the user vectors of the pass it is in, so one thread at a time may run it: give an engine or a fitter a
     generation of its own.
@@ -31,18 +34,14 @@ class LoadedGeneration:
     model: PersonalizedModel
     tokenizer: PreTrainedTokenizerBase
     labels: LabelSpace
-    prior: UserPrior
+    fit: UserFit
+    prior: UserPrior | None
     max_length: int
 
     @property
     def name(self) -> str:
         """The generation's id."""
         return self.reader.generation
-
-    @property
-    def user_dim(self) -> int:
-        """Width d of a user vector."""
-        return self.model.spec.user_dim
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut to max_length; at least one token each, as in training."""
@@ -77,6 +76,7 @@ def load_generation(
         model=model.fold() if fold else model.eval(),
         tokenizer=load_tokenizer(spec.model),
         labels=LabelSpace.from_json(config["labels"]),
-        prior=UserPrior.from_tensors(tensors),
+        fit=UserFit.from_json(config.get("fit")),
+        prior=UserPrior.from_tensors(tensors) if spec.kind == "plora" else None,
         max_length=int(config["max_length"]),
     )

@@ -35,13 +35,14 @@ class PopulationCheckpoints:
         done = json.loads(self._objects.read(max(markers)))
         return done["epoch"], done["step"]
 
-    def save(self, epoch: int, step: int, trainer: ShardedTrainer, rows: RankRows, table: UserTable) -> None:
+    def save(self, epoch: int, step: int, trainer: ShardedTrainer, rows: RankRows, table: UserTable | None) -> None:
         """Write the state after `epoch` epochs and drop the one before. All ranks must call."""
         shared = {**trainer.gathered(), **trainer.moments()}
         folder = self._epoch_folder(epoch)
-        for partition, span in rows.partition_users.items():
-            state = {name: values[span].contiguous() for name, values in table.state().items()}
-            self._objects.write(f"{folder}/users-{partition:05d}.safetensors", save(state))
+        if table is not None:
+            for partition, span in rows.partition_users.items():
+                state = {name: values[span].contiguous() for name, values in table.state().items()}
+                self._objects.write(f"{folder}/users-{partition:05d}.safetensors", save(state))
         if self._rank == 0:
             self._objects.write(f"{folder}/shared.safetensors", save(shared))
         dist.barrier()
@@ -52,7 +53,7 @@ class PopulationCheckpoints:
                     self._objects.delete(info.path)
         dist.barrier()
 
-    def restore(self, trainer: ShardedTrainer, rows: RankRows, table: UserTable) -> tuple[int, int]:
+    def restore(self, trainer: ShardedTrainer, rows: RankRows, table: UserTable | None) -> tuple[int, int]:
         """Load the newest checkpoint into trainer and table; (epochs done, steps done), (0, 0) when there is none."""
         found: list[tuple[int, int] | None] = [self.latest() if self._rank == 0 else None]
         dist.broadcast_object_list(found, src=0)  # ranks must agree even if a marker appears in between
@@ -63,8 +64,9 @@ class PopulationCheckpoints:
         shared: dict[str, Tensor] = load(self._objects.read(f"{folder}/shared.safetensors"))
         trainer.load({name: shared[name] for name in trainer.trained})
         trainer.load_moments(shared, step)
-        for partition, span in rows.partition_users.items():
-            table.load_state(span.start, load(self._objects.read(f"{folder}/users-{partition:05d}.safetensors")))
+        if table is not None:
+            for partition, span in rows.partition_users.items():
+                table.load_state(span.start, load(self._objects.read(f"{folder}/users-{partition:05d}.safetensors")))
         torch.manual_seed(epoch * 65_537 + self._rank + 1)
         return epoch, step
 

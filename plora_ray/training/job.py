@@ -22,7 +22,7 @@ from plora_ray.training.board import ProgressBoard, RankObserver
 from plora_ray.training.prepare import Prepared, prepare
 from plora_ray.training.progress import ProgressLine
 from plora_ray.training.publish import Published, finish, publish
-from plora_ray.training.rank import KIND, Assignment, run_rank
+from plora_ray.training.rank import Assignment, run_rank
 from plora_ray.training.report import TrainingReport, add_up
 from plora_ray.training.telemetry import Telemetry
 from plora_ray.training.telemetry.configured import open_telemetry
@@ -78,7 +78,7 @@ def train(settings: Settings) -> Published:
 
 def _fit(prepared: Prepared, line: ProgressLine, telemetry: Telemetry, history: History) -> None:
     settings = prepared.assignment.settings
-    writer = prepared.store.begin(prepared.assignment.generation, KIND)
+    writer = prepared.store.begin(prepared.assignment.generation, settings.adapter.kind)
     done = sum(segment.users for segment in writer.finished_waves().values())
     line.users_at_start = done
     if done:

@@ -5,6 +5,9 @@ At one common vector, logits and Jacobians depend on the text alone; a bounded c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
 import numpy as np
 import torch
 from cachetools import LRUCache
@@ -16,6 +19,8 @@ from plora_ray.data.batches import token_budget_batches
 from plora_ray.training.engine import ShardedTrainer
 from plora_ray.training.rank_rows import RankRows
 
+Item = TypeVar("Item")
+
 CACHE_BYTES = 256 * 2**20
 
 
@@ -24,7 +29,7 @@ class FrozenPasses:
 
     def __init__(self, trainer: ShardedTrainer, model: PersonalizedModel, rows: RankRows, *, batch_tokens: int, batch_rows: int) -> None:
         self._trainer, self._model, self._rows = trainer, model, rows
-        self._batch_tokens, self._batch_rows = batch_tokens, batch_rows
+        self.max_tokens, self.max_rows = batch_tokens, batch_rows
         self._point: Tensor | None = None
         self._cache: LRUCache[bytes, tuple[Tensor, Tensor]] = LRUCache(
             CACHE_BYTES, getsizeof=lambda value: sum(t.numel() * t.element_size() for t in value)
@@ -34,6 +39,22 @@ class FrozenPasses:
     def outputs(self) -> int:
         """Logits a row."""
         return self._model.spec.outputs
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._trainer.device
+
+    def in_step(self, items: list[Item]) -> Iterator[Item | None]:
+        """`items`, then None until every rank has gone through as many, where the model is sharded."""
+        waiting: list[Item | None] = [*items]
+        return (item for item, _, _ in self._trainer.lockstep(waiting, None))
+
+    def logits(self, rows: Tensor, vectors: Tensor) -> Tensor:
+        """Logits [batch, outputs] of rows [batch] with users' vectors [users, width], differentiable; one idle row if there are none."""
+        ids, mask = self._rows.inputs(rows.numpy(), self.device)
+        logits: Tensor = self._model(ids, mask, vectors.to(self.device))
+        return logits
 
     def linearise(self, rows: np.ndarray, point: Tensor) -> tuple[Linearisation, Tensor]:
         """Linearisation at `point` [d] of the different texts of `rows`, and for each row its text's index [rows]."""
@@ -65,20 +86,17 @@ class FrozenPasses:
         firsts, index = self._distinct(rows)
         return self._forward(firsts, None)[torch.from_numpy(index)]
 
-    def user_logits(self, rows: np.ndarray, vectors: Tensor) -> Tensor:
-        """Logits [rows, outputs] with each row's own user vector [rows, d]."""
-        return self._forward(rows, vectors)
+    def user_logits(self, rows: np.ndarray, vectors: Tensor, owners: Tensor) -> Tensor:
+        """Logits [rows, outputs] of rows with the vectors [users, width] of their `owners` [rows]."""
+        return self._forward(rows, lambda places: vectors[owners[places]] if len(places) else torch.zeros(1, vectors.shape[1]))
 
     @torch.no_grad()
-    def _forward(self, rows: np.ndarray, vectors: Tensor | None) -> Tensor:
+    def _forward(self, rows: np.ndarray, vectors_of: Callable[[np.ndarray], Tensor] | None) -> Tensor:
         result = torch.empty(len(rows), self._model.spec.outputs)
         for places, real in self._batches(np.arange(len(rows)), self._rows.lengths[rows]):
             ids, mask = self._rows.inputs(rows[places], self._trainer.device)
-            chosen = None
-            if vectors is not None:
-                chosen = vectors[places] if len(places) else torch.zeros(1, vectors.shape[1])
-                chosen = chosen.to(self._trainer.device)
-            logits = self._model(ids, mask, chosen)
+            vectors = None if vectors_of is None else vectors_of(places).to(self._trainer.device)
+            logits = self._model(ids, mask, vectors)
             if real:
                 result[places] = logits.cpu()
         return result
@@ -86,7 +104,7 @@ class FrozenPasses:
     def _batches(self, items: np.ndarray, lengths: np.ndarray | None = None) -> list[tuple[np.ndarray, bool]]:
         """Batches of `items` (rows unless `lengths` are given), with idle passes while other ranks still work."""
         lengths = self._rows.lengths[items] if lengths is None else lengths
-        groups = token_budget_batches(lengths, max_tokens=self._batch_tokens, max_rows=self._batch_rows, shuffle_seed=None)
+        groups = token_budget_batches(lengths, max_tokens=self.max_tokens, max_rows=self.max_rows, shuffle_seed=None)
         batches = [items[group] for group in groups]
         return [(batch, real) for batch, real, _ in self._trainer.lockstep(batches, np.empty(0, np.int64))]
 

@@ -1,5 +1,7 @@
 """The population stage: what all users share (A, B, P and the head) and a first vector for every user this rank owns.
 
+Private matrices start from the population's, so their population stage is one LoRA for all, without users.
+
 Mixed-user batches; shared parameters go through the DeepSpeed engine, user vectors through the rank's own table.
 Checkpointed at the end of every epoch, for any number of ranks afterwards.
 """
@@ -61,11 +63,11 @@ class _SinceReport:
 
 @dataclass
 class PopulationStage:
-    """One rank's part of the stage. `rank` and `seed` only decide the order in which rows are met."""
+    """One rank's part of the stage. `rank` and `seed` only decide the order in which rows are met. table: None without users."""
 
     trainer: ShardedTrainer
     rows: RankRows
-    table: UserTable
+    table: UserTable | None
     settings: TrainingSettings
     rank: int
     checkpoints: PopulationCheckpoints
@@ -130,12 +132,12 @@ class PopulationStage:
 
     def _step(self, rows: np.ndarray, factor: float) -> Tensor:
         batch = self.rows.batch(rows, self.trainer.device)
-        vectors = self.table.gather(batch.users, self.trainer.device)
+        vectors = None if self.table is None else self.table.gather(batch.users, self.trainer.device)
 
         def forward(engine: nn.Module) -> Tensor:
             return engine(batch.input_ids, batch.attention_mask, vectors, batch.labels, batch.weights)
 
         loss = self.trainer.step(forward, factor)
-        if len(rows) and vectors.grad is not None:
+        if self.table is not None and vectors is not None and len(rows) and vectors.grad is not None:
             self.table.step(batch.users, vectors.grad)
         return loss

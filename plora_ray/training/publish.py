@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
 from plora_ray.store.manifest import ModelRef
-from plora_ray.training.rank import KIND, Assignment
+from plora_ray.training.rank import Assignment
 from plora_ray.training.report import REPORT_HTML, REPORT_JSON, TrainingReport
 from plora_ray.training.run_state import RunState
 
@@ -33,7 +33,7 @@ def publish(
     store: AdapterStore, run: RunState, assignment: Assignment, report: TrainingReport, weight_hash: str, *, seconds: float
 ) -> Published:
     """Write the report, commit the generation, make it current, delete the run's folder. Raises StoreError, with nothing published."""
-    writer = store.begin(assignment.generation, KIND)
+    writer = store.begin(assignment.generation, assignment.settings.adapter.kind)
     for name, data in report.files.items():
         writer.write_side_object(name, data)
     spec = assignment.settings.adapter_spec(assignment.labels.outputs)
@@ -42,6 +42,7 @@ def publish(
         model=ModelRef(name=spec.model, weight_hash=weight_hash),
         adapter_config={
             "spec": spec.to_json(), "labels": assignment.labels.to_json(), "max_length": assignment.settings.model.max_length,
+            "fit": assignment.settings.user_fit().to_json(),
         },
         partition={"partitions": assignment.settings.training.partitions, "waves": len(assignment.waves)},
     )  # fmt: skip

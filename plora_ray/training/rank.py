@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.labels import LabelSpace
@@ -19,6 +20,7 @@ from plora_ray.data.partition import read_partition
 from plora_ray.store import AdapterStore
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import ShardedTrainer, choose_sharding
+from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.population import PopulationStage, StepsDone
 from plora_ray.training.prior import estimate_prior
@@ -27,8 +29,6 @@ from plora_ray.training.run_state import RunState
 from plora_ray.training.user_stage import UserStage, WaveDone
 from plora_ray.training.user_table import UserTable
 from plora_ray.training.waves import Wave, owned_partitions
-
-KIND = "plora"
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,7 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
     store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), retry_s=settings.training.store_retry_s)
     rows = _load_rows(assignment, store, rank, ranks)
     trainer, model = _build(assignment, observer)
-    table = UserTable(
-        len(rows.keys),
-        settings.adapter.user_dim,
-        learning_rate=settings.training.user_learning_rate,
-        weight_decay=settings.training.user_weight_decay,
-    )
+    table = _table(settings, len(rows.keys))
     run = RunState(store.objects, assignment.fingerprint)
     checkpoints = PopulationCheckpoints(store.objects, run.folder, rank)
     PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps, observer.in_step).run()
@@ -84,16 +79,26 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
     trainer.freeze()
     writer = store.resume(assignment.generation)
     passes = FrozenPasses(trainer, model, rows, batch_tokens=settings.training.batch_tokens, batch_rows=settings.training.batch_rows)
-    prior = _prior(run, table, passes, rows, model, rank)
+    prior = None if table is None else _prior(run, table, passes, rows, model, rank)
     if rank == 0:
-        writer.write_shared({**shared, **prior.tensors()}, {"format": "pt"})
+        writer.write_shared({**shared, **(prior.tensors() if prior else {})}, {"format": "pt"})
     finished: list[set[int]] = [set(writer.finished_waves()) if rank == 0 else set()]
     dist.broadcast_object_list(finished, src=0)
     mine = set(owned_partitions(settings.training.partition_count, rank, ranks))
-    stage = UserStage(passes, rows, prior, settings.task, writer, run, observer.on_wave, lambda: store.tombstones().keys())
+    fitter = _fitter(settings, passes, rows, model, shared, prior)
+    stage = UserStage(fitter, passes, rows, settings.task, writer, run, observer.on_wave, lambda: store.tombstones().keys())
     stage.fit_waves([wave for wave in assignment.waves if wave.partition in mine], finished[0], _in_step(trainer))
     dist.barrier()
     observer.in_step()
+
+
+def _table(settings: Settings, users: int) -> UserTable | None:
+    """The user vectors that the population stage learns; private matrices begin only after it."""
+    if settings.adapter.kind == "lora":
+        return None
+    training = settings.training
+    rate, decay = training.user_learning_rate, training.user_weight_decay
+    return UserTable(users, settings.adapter.user_dim, learning_rate=rate, weight_decay=decay)
 
 
 def _load_rows(assignment: Assignment, store: AdapterStore, rank: int, ranks: int) -> RankRows:
@@ -132,6 +137,18 @@ def _prior(run: RunState, table: UserTable, passes: FrozenPasses, rows: RankRows
     if rank == 0:
         run.save_prior(prior)
     return prior
+
+
+def _fitter(
+    settings: Settings, passes: FrozenPasses, rows: RankRows, model: PersonalizedModel, shared: dict[str, Tensor], prior: UserPrior | None
+) -> WaveFitter:
+    """The solver that the settings choose; private matrices have no prior and are pulled towards the population's."""
+    fit = settings.user_fit()
+    if prior is None:
+        return AdamFitter(passes, rows, model.population_vector(shared), fit.pull, fit.steps, settings.task)
+    if fit.solver == "newton":
+        return NewtonFitter(passes, rows, prior, settings.task)
+    return AdamFitter(passes, rows, prior.mean, prior.precision * prior.noise_variance, fit.steps, settings.task)
 
 
 def _in_step(trainer: ShardedTrainer) -> Callable[[list[Wave | None]], list[Wave | None]]:

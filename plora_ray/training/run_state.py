@@ -38,6 +38,7 @@ class WaveOutcome:
 
     examples: [users] training rows. row_users: [rows]. labels: [rows] encoded. population, personal: [rows, outputs]
     logits without and with the user. label_counts: [users, outputs] training labels (for a regression their sum).
+    remaining: [users] share of the prior's variance that the user's rows left, NaN where the solver gives none.
     """
 
     examples: np.ndarray
@@ -46,6 +47,7 @@ class WaveOutcome:
     population: np.ndarray
     personal: np.ndarray
     label_counts: np.ndarray
+    remaining: np.ndarray
 
 
 def run_fingerprint(settings: Settings, data_fingerprint: str, weight_hash: str) -> str:

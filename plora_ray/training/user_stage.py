@@ -1,4 +1,4 @@
-"""The user stage: with everything shared frozen, every user's own vector, wave by wave. No gradient leaves the rank.
+"""The user stage: with everything shared frozen, every user's own adapter, wave by wave. No gradient leaves the rank.
 
 A finished wave is a segment in the store and is never trained again.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from plora_ray.adapters.fit import UserPrior, solve_users
 from plora_ray.adapters.model import Task
 from plora_ray.store.writer import GenerationWriter
+from plora_ray.training.fitters import WaveFitter
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.run_state import RunState, WaveOutcome
@@ -38,9 +38,9 @@ class UserStage:
     erased_keys: asks the store for the keys of all users erased so far.
     """
 
+    fitter: WaveFitter
     passes: FrozenPasses
     rows: RankRows
-    prior: UserPrior
     task: Task
     writer: GenerationWriter
     run: RunState
@@ -57,26 +57,26 @@ class UserStage:
         self.rows.mark_erased(self.erased_keys())  # a job runs for hours; whoever left meanwhile is left out from here on
         users = self._users(wave)
         train, held_out = self.rows.of_split("train", users), self.rows.of_split("test", users)
-        linear, texts = self.passes.linearise(train, self.prior.mean)
-        local = torch.from_numpy(np.searchsorted(users, self.rows.row_users[train]))
-        vectors = solve_users(linear, texts, self.rows.labels[train], local, len(users), self.prior, self.task).vectors
+        fitted = self.fitter.fit(users, train)
+        local = np.searchsorted(users, self.rows.row_users[train])
         tested = np.searchsorted(users, self.rows.row_users[held_out])
         population = self.passes.population_logits(held_out)
-        personal = self.passes.user_logits(held_out, vectors[torch.from_numpy(tested)])
+        personal = self.passes.user_logits(held_out, fitted.vectors, torch.from_numpy(tested))
         if wave is None:
             return
-        examples = np.bincount(local.numpy(), minlength=len(users)).astype(np.int32)
+        examples = np.bincount(local, minlength=len(users)).astype(np.int32)
         outcome = WaveOutcome(
             examples=examples,
             row_users=tested,
             labels=self.rows.labels[held_out].numpy(),
             population=population.numpy(),
             personal=personal.numpy(),
-            label_counts=self._label_counts(train, local.numpy(), len(users)),
+            label_counts=self._label_counts(train, local, len(users)),
+            remaining=fitted.remaining.numpy(),
         )
         self.run.save_wave(wave.index, outcome)  # before the segment: a wave with a segment is finished for good
         if len(users):
-            self.writer.write_segment(wave.index, self.rows.keys[users], vectors.numpy(), examples)
+            self.writer.write_segment(wave.index, self.rows.keys[users], fitted.vectors.numpy(), examples)
         self.on_wave(WaveDone(wave.index, len(users), len(train)))
 
     def _users(self, wave: Wave | None) -> np.ndarray:

@@ -1,0 +1,91 @@
+"""What fits the users of a wave: Newton's method on the linearised model, or Adam on the model itself."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plora_ray.adapters.adam import AdamSteps, UserRows, fit_adam
+from plora_ray.adapters.fit import FittedUsers, UserPrior, solve_users
+from plora_ray.adapters.fit_memory import NEWTON_BLOCK_BYTES, newton_row_bytes, newton_user_bytes
+from plora_ray.adapters.model import Task
+from plora_ray.training.passes import FrozenPasses
+from plora_ray.training.rank_rows import RankRows
+
+NO_ROWS = np.empty(0, np.int64)
+
+
+class WaveFitter(Protocol):
+    """Fits users with everything shared frozen."""
+
+    def fit(self, users: np.ndarray, train: np.ndarray) -> FittedUsers:
+        """Fit `users` [users] (ascending, of the rank) on their training rows `train` (ascending).
+
+        Where the model is sharded, all ranks must call, one that has nothing left to do with no users.
+        """
+
+
+class NewtonFitter:
+    """Posterior modes of user vectors under `prior`, in blocks of users of bounded memory."""
+
+    def __init__(self, passes: FrozenPasses, rows: RankRows, prior: UserPrior, task: Task) -> None:
+        self._passes, self._rows, self._prior, self._task = passes, rows, prior, task
+
+    def fit(self, users: np.ndarray, train: np.ndarray) -> FittedUsers:
+        parts = []
+        for block in self._passes.in_step(self._blocks(users, train)):
+            mine, rows = block or (NO_ROWS, NO_ROWS)
+            linear, texts = self._passes.linearise(rows, self._prior.mean)
+            if block is not None:
+                local = torch.from_numpy(np.searchsorted(mine, self._rows.row_users[rows]))
+                parts.append(solve_users(linear, texts, self._rows.labels[rows], local, len(mine), self._prior, self._task))
+        if not parts:
+            return FittedUsers(torch.empty(0, len(self._prior.mean)), torch.empty(0, dtype=torch.bool), torch.empty(0))
+        vectors, converged, remaining = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("vectors", "converged", "remaining")
+        )
+        return FittedUsers(vectors, converged, remaining)
+
+    def _blocks(self, users: np.ndarray, train: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Users and their rows in blocks of about NEWTON_BLOCK_BYTES, at least one user each."""
+        dim = len(self._prior.mean)
+        starts = np.searchsorted(self._rows.row_users[train], users)
+        stops = np.append(starts[1:], len(train)) if len(users) else starts
+        held = newton_user_bytes(dim) + (stops - starts) * newton_row_bytes(dim, self._passes.outputs)
+        blocks, first, total = [], 0, 0
+        for place, size in enumerate(held.tolist()):
+            if place > first and total + size > NEWTON_BLOCK_BYTES:
+                blocks.append((users[first:place], train[starts[first] : starts[place]]))
+                first, total = place, 0
+            total += size
+        if len(users):
+            blocks.append((users[first:], train[starts[first] :]))
+        return blocks
+
+
+class AdamFitter:
+    """Users by their own Adam, from `start` [width] and pulled towards it with `precision` [width, width] or lambda.
+
+    Users with validation rows stop early on them.
+    """
+
+    def __init__(
+        self, passes: FrozenPasses, rows: RankRows, start: Tensor, precision: Tensor | float, steps: AdamSteps, task: Task
+    ) -> None:
+        self._passes, self._rows, self._steps, self._task = passes, rows, steps, task
+        self._start, self._precision = start.float().to(passes.device), precision
+
+    def fit(self, users: np.ndarray, train: np.ndarray) -> FittedUsers:
+        held_out = self._rows.of_split("validation", users)
+        seeds = [int.from_bytes(self._rows.keys[user].tobytes()[:8], "big") for user in users]
+        return fit_adam(
+            self._passes, self._of(users, train), self._of(users, held_out), self._start, self._precision, seeds, self._steps, self._task
+        )
+
+    def _of(self, users: np.ndarray, rows: np.ndarray) -> UserRows:
+        local = np.searchsorted(users, self._rows.row_users[rows])
+        lengths = torch.from_numpy(self._rows.lengths[rows])
+        return UserRows(torch.from_numpy(rows), torch.from_numpy(local), self._rows.labels[rows], lengths)
