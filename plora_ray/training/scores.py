@@ -50,8 +50,7 @@ class WaveTotals:
         """Count a wave."""
         self.users += len(outcome.examples)
         self.examples += int(outcome.examples.sum(dtype=np.int64))
-        remaining = getattr(outcome, "remaining", np.empty(0))
-        told = np.clip(remaining[np.isfinite(remaining)], 0, 1)  # NaN where the solver knows none
+        told = np.clip(outcome.remaining[np.isfinite(outcome.remaining)], 0, 1)  # NaN where the solver knows none
         self.remaining_users += np.histogram(told, bins=REMAINING_EDGES)[0]
         self._remaining_sum += float(told.sum(dtype=np.float64))
         if len(outcome.labels):

@@ -35,6 +35,7 @@ def outcome(generator: np.random.Generator, users: int, rows: int, outputs: int)
     return WaveOutcome(
         examples=examples.astype(np.int32), row_users=np.sort(generator.integers(0, users, rows)), labels=labels,
         population=population, personal=personal, label_counts=counts.astype(np.float32),
+        remaining=np.where(generator.random(users) < 0.3, np.nan, generator.random(users)).astype(np.float32),
     )  # fmt: skip
 
 
@@ -125,3 +126,14 @@ def test_memory_does_not_grow_with_test_rows() -> None:
     assert held[30_000] < 2 * held[1_000], "rows are kept after their wave was counted"
     whole = 12 * 30_000 * (2 * 3 * 4 + 2 * 8)  # bytes of all waves' logits, labels and users
     assert peaks[30_000] < whole, "all waves' rows were held at once"
+
+
+def test_the_share_of_variance_left_counts_the_users_whose_solver_tells_one() -> None:
+    generator = np.random.default_rng(3)
+    waves = [outcome(generator, 30, 40, 3) for _ in range(3)]
+    totals = WaveTotals(CLASSES, stats(merged(waves, "label_counts").sum(axis=0)))
+    for wave in waves:
+        totals.add(wave)
+    left = merged(waves, "remaining")
+    assert totals.remaining == pytest.approx(np.nanmean(left), abs=1e-6)
+    assert totals.remaining_users.sum() == np.isfinite(left).sum() < len(left)
