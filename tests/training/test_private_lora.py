@@ -64,10 +64,3 @@ def test_sharded_and_replicated_training_give_the_same_matrices(
     assert records["zero3"].keys() == records["replicated"].keys() and len(records["zero3"]) == 21
     for key, record in records["zero3"].items():
         assert np.allclose(record, records["replicated"][key], atol=2e-3)
-
-
-def test_vectors_can_be_fitted_by_adam_under_the_same_prior(tiny_tree: Tree, tmp_path: Path) -> None:
-    tiny_tree["training"] |= {"user_solver": "adam", "adam": {"epochs": 2}}
-    train(write(tiny_tree, tmp_path))
-    loaded = load_generation(AdapterStore.open(tiny_tree["store"]["uri"]))
-    assert loaded.fit.solver == "adam" and loaded.prior is not None and loaded.reader.users == 60

@@ -1,0 +1,93 @@
+"""What fits a wave: the same users whatever the blocks, and Adam under Newton's prior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from plora_ray.adapters.adam import AdamSteps
+from plora_ray.adapters.fit import FittedUsers, UserPrior
+from plora_ray.adapters.labels import LabelSpace
+from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
+from plora_ray.data.table import PartitionTable
+from plora_ray.training import fitters
+from plora_ray.training.fitters import AdamFitter, NewtonFitter
+from plora_ray.training.passes import FrozenPasses
+from plora_ray.training.rank_rows import RankRows
+from tests.adapters.tiny import plm
+
+DIM, USERS = 5, 12
+PRIOR = UserPrior(torch.full((DIM,), 0.1, dtype=torch.float64), 0.3 * torch.eye(DIM, dtype=torch.float64))
+
+
+class OneRank:
+    """A rank that has nobody to keep in step with."""
+
+    device = torch.device("cpu")
+
+    def lockstep(self, items: list[Any], idle: Any) -> Iterator[tuple[Any, bool, int]]:
+        return ((item, True, len(items)) for item in items)
+
+
+@pytest.fixture
+def rows() -> RankRows:
+    """Users of 1 to 12 rows of random texts, every fourth row held out."""
+    generator = np.random.default_rng(0)
+    counts, total = np.arange(1, USERS + 1), USERS * (USERS + 1) // 2
+    lengths = generator.integers(2, 9, total)
+    table = PartitionTable(
+        keys=np.sort(generator.integers(0, 256, (USERS, 16)).astype(np.uint8), axis=0),
+        user_offsets=np.concatenate([[0], np.cumsum(counts)]),
+        tokens=generator.integers(3, 100, int(lengths.sum())).astype(np.int32),
+        row_offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        labels=generator.choice(np.array(["x", "y", "z"], object), total),
+        split=(np.arange(total) % 4 == 3).astype(np.int8),
+        timestamps=np.full(total, np.datetime64("NaT", "us")),
+    )
+    return RankRows({0: table}, LabelSpace("classification", ("x", "y", "z")), frozenset(), 0)
+
+
+@pytest.fixture
+def passes(rows: RankRows) -> FrozenPasses:
+    spec = AdapterSpec(model="tiny", task="classification", outputs=3, rank=2, alpha=4.0, user_dim=DIM)
+    model = PersonalizedModel(plm("bert"), spec).eval()
+    with torch.no_grad():
+        for parameter in model.shared_parameters().values():
+            parameter.normal_(std=0.4, generator=torch.Generator().manual_seed(1))
+    model.requires_grad_(False)
+    return FrozenPasses(OneRank(), model, rows, batch_tokens=64, batch_rows=8)  # type: ignore[arg-type]
+
+
+def fit(fitter: NewtonFitter | AdamFitter, rows: RankRows, users: np.ndarray) -> FittedUsers:
+    return fitter.fit(users, rows.of_split("train", users))
+
+
+def test_newton_in_blocks_of_bounded_memory_finds_what_it_finds_at_once(
+    rows: RankRows, passes: FrozenPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newton, users = NewtonFitter(passes, rows, PRIOR, "classification"), rows.trainable_users(0)
+    whole = fit(newton, rows, users)
+    monkeypatch.setattr(fitters, "NEWTON_BLOCK_BYTES", 4000)
+    assert 3 < len(newton._blocks(users, rows.of_split("train", users))) <= len(users)
+    blocks = fit(newton, rows, users)
+    assert torch.allclose(blocks.vectors, whole.vectors, atol=1e-5) and whole.vectors.shape == (USERS, DIM)
+    assert torch.allclose(blocks.remaining, whole.remaining, atol=1e-5) and bool((whole.remaining < 1).all())
+    assert fit(newton, rows, users[:0]).vectors.shape == (0, DIM), "an idle wave"
+
+
+def test_adam_moves_users_towards_what_newton_finds_and_each_as_alone(rows: RankRows, passes: FrozenPasses) -> None:
+    users = rows.trainable_users(0)[:5]
+    steps = AdamSteps(epochs=25, learning_rate=0.1, patience=100)
+    adam = AdamFitter(passes, rows, PRIOR.mean, PRIOR.precision, steps, "classification")
+    newton = fit(NewtonFitter(passes, rows, PRIOR, "classification"), rows, users).vectors - PRIOR.mean.float()
+    found = fit(adam, rows, users)
+    moved = found.vectors - PRIOR.mean.float()
+    none_held_out = [user for user in users if not len(rows.of_split("validation", np.array([user])))]
+    for user in none_held_out:
+        assert torch.cosine_similarity(moved[user], newton[user], dim=0) > 0.9
+    assert none_held_out and torch.isnan(found.remaining).all()
+    assert torch.allclose(fit(adam, rows, users[4:5]).vectors[0], found.vectors[4], atol=1e-5)
