@@ -28,7 +28,7 @@ from plora_ray.data.rows import SPLITS
 from plora_ray.data.table import PartitionTable
 from plora_ray.store.objects import ObjectStore
 from plora_ray.training.checkpoints import PopulationCheckpoints
-from plora_ray.training.engine import ShardedTrainer
+from plora_ray.training.engine import EngineOptions, ShardedTrainer
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.population import PopulationStage
 from plora_ray.training.prior import estimate_prior
@@ -113,7 +113,7 @@ def train_population(users: list[UserRows], *, epochs: int, seed: int, rank: int
     settings = TrainingSettings(epochs=epochs, seed=seed, user_learning_rate=0.005)
     objective = PopulationObjective(model, user_dropout=settings.user_dropout, mutual_information=MutualInformation())
     trainer = ShardedTrainer(
-        objective, model.shared_parameters(), sharding="replicated", learning_rate=settings.learning_rate,
+        objective, model.shared_parameters(), options=EngineOptions("replicated"), learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay, gradient_clipping=settings.gradient_clipping, batch_rows=settings.batch_rows,
     )  # fmt: skip
     rows = rank_rows(users, labels)

@@ -42,6 +42,7 @@ class AdapterSettings(_Section):
     """Shapes of the adapted layers. targets: suffixes of linear layers' names; None takes the model family's.
 
     kind: plora, a vector of user_dim numbers a user; lora, private matrices a user, which start from the population's.
+    top_layers: only so many blocks, counted from the top, get adapters; None: all.
     """
 
     kind: Kind = "plora"
@@ -50,6 +51,7 @@ class AdapterSettings(_Section):
     user_dim: int = Field(64, ge=1, le=4096)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] | None = None
+    top_layers: int | None = Field(None, ge=1)
 
 
 class MutualInformationSettings(_Section):
@@ -103,12 +105,21 @@ class TrainingSettings(_Section):
     user_solver: what fits users once everything shared is frozen; auto takes newton for kind plora, adam for kind lora.
     user_dropout: rho. batch_rows / batch_tokens bound a batch; users_per_wave is the unit of resume.
     tensorboard_dir: where the driver writes event files; None: nowhere. mlflow: a server that hears of the run; None: none.
+    gradient_checkpointing: blocks run again in the backward pass instead of keeping their activations. offload: where zero3 keeps
+    the frozen shards; nvme writes them below offload_dir. deepspeed_profile: JSON file of further DeepSpeed settings.
+    activation_cache_mb / activation_disk_mb: MiB a rank may use for hidden states below adapter.top_layers, in memory and on disk.
     """
 
     num_workers: int | tuple[int, int] | Literal["auto"] = "auto"
     resize_check_s: float = Field(60.0, gt=0)
     use_gpu: bool | Literal["auto"] = "auto"
     sharding: Literal["zero3", "replicated", "auto"] = "auto"
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    offload_dir: Path | None = None
+    gradient_checkpointing: bool = False
+    deepspeed_profile: Path | None = None
+    activation_cache_mb: int = Field(512, ge=0)
+    activation_disk_mb: int = Field(4096, ge=0)
     epochs: int = Field(3, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     user_learning_rate: float = Field(1e-2, gt=0)
@@ -149,6 +160,16 @@ class TrainingSettings(_Section):
             raise ValueError(f"num_workers is {_shown(self.num_workers)}: in [min, max] the larger number comes last")
         if self.partitions != "auto" and high > self.partitions:
             raise ValueError(f"num_workers is {_shown(self.num_workers)}: it must lie between 1 and partitions ({self.partitions})")
+        return self
+
+    @model_validator(mode="after")
+    def _offloading(self) -> TrainingSettings:
+        if self.offload != "none" and self.sharding == "replicated":
+            raise ValueError(f"offload is {self.offload}, which needs sharding zero3 or auto: a replicated model has no shards to offload")
+        if self.offload == "nvme" and self.offload_dir is None:
+            raise ValueError("offload is nvme: set offload_dir to a directory on the drive, there on every node")
+        if self.offload != "nvme" and self.offload_dir is not None:
+            raise ValueError(f"offload_dir is only used with offload nvme, and offload is {self.offload}")
         return self
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from plora_ray.adapters.blocks import in_top_blocks
 from plora_ray.adapters.context import UserContext, cut_matrices
 from plora_ray.adapters.families import Pooling, family_of
 from plora_ray.adapters.inject import AdaptedLinear, Kind, find_targets, fold, inject
@@ -27,6 +28,7 @@ class AdapterSpec:
 
     outputs: classes of a classification, 1 for a regression. targets / pooling None: the family's defaults.
     kind: plora, a vector of user_dim numbers a user; lora, private matrices a user (user_dim means nothing then).
+    top_layers: how many blocks, counted from the top, have adapters; None: all.
     """
 
     model: str
@@ -39,6 +41,7 @@ class AdapterSpec:
     targets: tuple[str, ...] | None = None
     pooling: Pooling | None = None
     kind: Kind = "plora"
+    top_layers: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,6 +83,8 @@ class PersonalizedModel(nn.Module):
         self.context = UserContext()
         self.plm = plm.requires_grad_(False)
         names = find_targets(plm, self.family.targets)
+        if spec.top_layers is not None:
+            names = in_top_blocks(plm, names, spec.top_layers)
         self._layers: dict[str, AdaptedLinear] = inject(
             plm, names, kind=spec.kind, rank=spec.rank, alpha=spec.alpha, user_dim=spec.user_dim, dropout=spec.dropout, context=self.context
         )
@@ -136,8 +141,7 @@ class PersonalizedModel(nn.Module):
         try:
             hidden = self.plm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         finally:
-            if not torch.is_grad_enabled():  # with gradients on, checkpointed blocks read it again in the backward pass
-                self.context.leave()
+            self.context.leave()
         return pool(hidden, attention_mask, self.family.pooling)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, user_vectors: Tensor | None = None) -> Tensor:

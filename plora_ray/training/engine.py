@@ -6,28 +6,115 @@ Under ZeRO-3 every forward pass gathers parameters from all ranks, so all ranks 
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from plora_ray.errors import ConfigError
+
 Sharding = Literal["zero3", "replicated"]
+Offload = Literal["none", "cpu", "nvme"]
 Item = TypeVar("Item")
 
 SHARD_ABOVE_SHARE = 0.5  # of a device's memory: beyond it a replicated frozen model leaves too little for activations
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PER_WORKER_BYTES_CPU = 4 * 2**30  # what a CPU rank is assumed to have for a model copy
+# Keys of a DeepSpeed configuration that other settings decide, and which ones.
+OWN_KEYS = {
+    "optimizer": "training.learning_rate and training.weight_decay",
+    "scheduler": "training.warmup_fraction",
+    "train_batch_size": "training.batch_rows",
+    "train_micro_batch_size_per_gpu": "training.batch_rows",
+    "gradient_accumulation_steps": "training.batch_rows",
+    "gradient_clipping": "training.gradient_clipping",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "zero_optimization.stage": "training.sharding",
+    "zero_optimization.offload_param.device": "training.offload",
+    "zero_optimization.offload_param.nvme_path": "training.offload_dir",
+    "zero_optimization.offload_optimizer": "nothing: what is trained is too small to offload, the frozen model isn't: training.offload",
+}
 
 
-def choose_sharding(wanted: Literal["zero3", "replicated", "auto"], parameter_bytes: int) -> Sharding:
-    """Resolve `auto`: shard when one copy takes over half of the device's memory."""
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine holds the model; none of it changes what is trained.
+
+    offload: where the frozen shards lie between two uses; only with zero3. offload_dir: a directory for nvme, on each node.
+    profile: further DeepSpeed settings, as `read_profile` returns them.
+    """
+
+    sharding: Sharding
+    offload: Offload = "none"
+    offload_dir: str | None = None
+    profile: Mapping[str, Any] = field(default_factory=dict)
+
+    def zero_optimization(self) -> dict[str, Any]:
+        """DeepSpeed's section of that name: the profile's with these options over it."""
+        section = dict(self.profile.get("zero_optimization", {}))
+        offload_param = dict(section.pop("offload_param", {}))
+        if self.sharding == "replicated":
+            return {**section, "stage": 0}
+        if self.offload != "none":
+            offload_param["device"] = self.offload
+            offload_param.setdefault("pin_memory", torch.cuda.is_available())
+            if self.offload == "nvme":
+                offload_param["nvme_path"] = self.offload_dir
+            section["offload_param"] = offload_param
+        return {**section, "stage": 3}
+
+
+def choose_sharding(wanted: Literal["zero3", "replicated", "auto"], parameter_bytes: int, offload: Offload = "none") -> Sharding:
+    """Resolve `auto`: shard when one copy takes over half of the device's memory, and when shards are to be offloaded."""
     if wanted != "auto":
         return wanted
+    if offload != "none":
+        return "zero3"
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else PER_WORKER_BYTES_CPU
     return "zero3" if parameter_bytes > SHARD_ABOVE_SHARE * memory else "replicated"
+
+
+def read_profile(path: str | Path) -> dict[str, Any]:
+    """The DeepSpeed settings of a JSON file. Raises ConfigError if it can't be read or sets what other settings decide."""
+    try:
+        profile = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read training.deepspeed_profile {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"training.deepspeed_profile {path} is not valid JSON: {error}") from error
+    if not isinstance(profile, dict):
+        raise ConfigError(f"training.deepspeed_profile {path} must hold an object of DeepSpeed settings, found {type(profile).__name__}")
+    for key, instead in OWN_KEYS.items():
+        section: Any = profile
+        for part in key.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        if section is not None:
+            raise ConfigError(f"training.deepspeed_profile {path} sets '{key}', which is decided by {instead}: take it out")
+    return profile
+
+
+def require_offload(offload: Offload) -> None:
+    """Raises ConfigError if this machine can't offload so: nvme needs DeepSpeed's async_io operator, compiled at first use."""
+    if offload != "nvme":
+        return
+    _import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import is_ninja_available
+
+    if not (is_ninja_available() and AsyncIOBuilder().is_compatible(verbose=False)):
+        raise ConfigError(
+            "training.offload=nvme needs DeepSpeed's async_io operator, which can't be built here: install the packages g++, "
+            "ninja-build and libaio-dev (libaio-devel) on every node, or set training.offload to cpu"
+        )
 
 
 class ShardedTrainer:
@@ -41,20 +128,22 @@ class ShardedTrainer:
         module: nn.Module,
         trained: dict[str, nn.Parameter],
         *,
-        sharding: Sharding,
+        options: EngineOptions,
         learning_rate: float,
         weight_decay: float,
         gradient_clipping: float,
         batch_rows: int,
     ) -> None:
         deepspeed = _import_deepspeed()
-        self.sharded = sharding == "zero3"
+        require_offload(options.offload)
+        self.sharded = options.sharding == "zero3"
         self.trained = trained
         self._learning_rate = learning_rate
         config = {
+            **options.profile,
             "train_micro_batch_size_per_gpu": batch_rows,
             "gradient_clipping": gradient_clipping,
-            "zero_optimization": {"stage": 3 if self.sharded else 0},
+            "zero_optimization": options.zero_optimization(),
             "zero_allow_untested_optimizer": True,
             "optimizer": {"type": "AdamW", "params": {"lr": learning_rate, "weight_decay": weight_decay, "torch_adam": True}},
             "steps_per_print": 2**31,
@@ -123,8 +212,16 @@ class ShardedTrainer:
         shard.copy_(padded[shard.numel() * dist.get_rank() :][: shard.numel()])
 
     def parameter_bytes_held(self) -> int:
-        """Bytes of model parameters in this rank's memory between two passes."""
+        """Bytes of model parameters in this rank's memory now: its shards, and what of the others' is gathered."""
         return sum(_held(parameter) for parameter in self.engine.module.parameters())
+
+    def anyone(self, here: bool) -> bool:
+        """Whether `here` holds on any rank that meets this one in a pass: on all ranks when sharded, else on this one alone."""
+        if not self.sharded:
+            return here
+        flag = torch.tensor(int(here), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
 
     def lockstep(self, items: list[Item], idle: Item, *, collective: bool = False) -> Iterator[tuple[Item, bool, int]]:
         """(item, True, passes) for each of `items`; then (idle, False, passes) until every rank has made as many passes.
@@ -163,5 +260,5 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 def _held(parameter: nn.Parameter) -> int:
     shard = getattr(parameter, "ds_tensor", None)
-    held = parameter if shard is None else shard
-    return held.numel() * held.element_size()
+    gathered = parameter.numel() * parameter.element_size()  # 0 while a sharded parameter isn't gathered
+    return gathered if shard is None else gathered + shard.numel() * shard.element_size()

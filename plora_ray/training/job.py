@@ -47,6 +47,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         labels=LabelSpace.from_json(config["labels"]),
         partitions_uri=config["partitions_uri"],
         waves=[Wave(**wave) for wave in config["waves"]],
+        deepspeed_profile=config["deepspeed_profile"],
     )
     rank, ranks = context.get_world_rank(), context.get_world_size()
     group = [uuid.uuid4().hex]
@@ -113,6 +114,7 @@ def _trainer(prepared: Prepared, board: Any, workers: int | tuple[int, int], use
             "labels": prepared.assignment.labels.to_json(),
             "partitions_uri": prepared.assignment.partitions_uri,
             "waves": [asdict(wave) for wave in prepared.assignment.waves],
+            "deepspeed_profile": prepared.assignment.deepspeed_profile,
             "board": board,
         },
         scaling_config=ScalingConfig(

@@ -16,6 +16,7 @@ from torch import Tensor
 from plora_ray.adapters.fit import Linearisation, linearise
 from plora_ray.adapters.model import PersonalizedModel
 from plora_ray.data.batches import token_budget_batches
+from plora_ray.training.activations import Below, whole_passes
 from plora_ray.training.engine import ShardedTrainer
 from plora_ray.training.rank_rows import RankRows
 
@@ -25,10 +26,22 @@ CACHE_BYTES = 256 * 2**20
 
 
 class FrozenPasses:
-    """Forward and backward passes of one rank, in step with the other ranks where the model is sharded."""
+    """Forward and backward passes of one rank, in step with the other ranks where the model is sharded.
 
-    def __init__(self, trainer: ShardedTrainer, model: PersonalizedModel, rows: RankRows, *, batch_tokens: int, batch_rows: int) -> None:
-        self._trainer, self._model, self._rows = trainer, model, rows
+    below: see LowerActivations.under.
+    """
+
+    def __init__(
+        self,
+        trainer: ShardedTrainer,
+        model: PersonalizedModel,
+        rows: RankRows,
+        *,
+        batch_tokens: int,
+        batch_rows: int,
+        below: Below = whole_passes,
+    ) -> None:
+        self._trainer, self._model, self._rows, self._below = trainer, model, rows, below
         self.max_tokens, self.max_rows = batch_tokens, batch_rows
         self._point: Tensor | None = None
         self._cache: LRUCache[bytes, tuple[Tensor, Tensor]] = LRUCache(
@@ -53,7 +66,8 @@ class FrozenPasses:
     def logits(self, rows: Tensor, vectors: Tensor) -> Tensor:
         """Logits [batch, outputs] of rows [batch] with users' vectors [users, width], differentiable; one idle row if there are none."""
         ids, mask = self._rows.inputs(rows.numpy(), self.device)
-        logits: Tensor = self._model(ids, mask, vectors.to(self.device))
+        with self._below(rows.numpy(), ids, mask):
+            logits: Tensor = self._model(ids, mask, vectors.to(self.device))
         return logits
 
     def linearise(self, rows: np.ndarray, point: Tensor) -> tuple[Linearisation, Tensor]:
@@ -67,7 +81,8 @@ class FrozenPasses:
         wanted = np.array([row for row, name in zip(firsts, names, strict=True) if name not in known], np.int64)
         for batch, real in self._batches(wanted):
             ids, mask = self._rows.inputs(batch, self._trainer.device)
-            logits, jacobian = linearise(self._model, ids, mask, point.float(), self._model.spec.task)
+            with self._below(batch, ids, mask):
+                logits, jacobian = linearise(self._model, ids, mask, point.float(), self._model.spec.task)
             if not real:
                 continue
             for row, z, j in zip(batch, logits.cpu(), jacobian.cpu(), strict=True):
@@ -96,7 +111,8 @@ class FrozenPasses:
         for places, real in self._batches(np.arange(len(rows)), self._rows.lengths[rows]):
             ids, mask = self._rows.inputs(rows[places], self._trainer.device)
             vectors = None if vectors_of is None else vectors_of(places).to(self._trainer.device)
-            logits = self._model(ids, mask, vectors)
+            with self._below(rows[places], ids, mask):
+                logits = self._model(ids, mask, vectors)
             if real:
                 result[places] = logits.cpu()
         return result

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from plora_ray.config import TrainingSettings
 from plora_ray.data.batches import token_budget_batches
+from plora_ray.training.activations import Below, whole_passes
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import ShardedTrainer
 from plora_ray.training.rank_rows import RankRows
@@ -63,7 +64,10 @@ class _SinceReport:
 
 @dataclass
 class PopulationStage:
-    """One rank's part of the stage. `rank` and `seed` only decide the order in which rows are met. table: None without users."""
+    """One rank's part of the stage. `rank` and `seed` only decide the order in which rows are met.
+
+    table: None without users. below: see LowerActivations.under.
+    """
 
     trainer: ShardedTrainer
     rows: RankRows
@@ -73,6 +77,7 @@ class PopulationStage:
     checkpoints: PopulationCheckpoints
     on_steps: Callable[[StepsDone], None]
     on_epoch: Callable[[], None]
+    below: Below = whole_passes
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the last epoch. All ranks must call."""
@@ -137,7 +142,8 @@ class PopulationStage:
         def forward(engine: nn.Module) -> Tensor:
             return engine(batch.input_ids, batch.attention_mask, vectors, batch.labels, batch.weights)
 
-        loss = self.trainer.step(forward, factor)
+        with self.below(rows, batch.input_ids, batch.attention_mask):
+            loss = self.trainer.step(forward, factor)
         if self.table is not None and vectors is not None and len(rows) and vectors.grad is not None:
             self.table.step(batch.users, vectors.grad)
         return loss

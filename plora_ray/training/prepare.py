@@ -13,6 +13,7 @@ from plora_ray.data.stats import PartitionStats, label_space
 from plora_ray.errors import ConfigError
 from plora_ray.store import AdapterStore
 from plora_ray.store.retries import retrying
+from plora_ray.training.engine import read_profile, require_offload
 from plora_ray.training.progress import ProgressLine
 from plora_ray.training.rank import Assignment
 from plora_ray.training.run_state import RunState, run_fingerprint
@@ -34,6 +35,8 @@ class Prepared:
 def prepare(settings: Settings, line: ProgressLine) -> Prepared:
     """Open the store, find or begin the run, partition and plan; no worker has started yet. Raises PloraError."""
     check_telemetry(settings.training)
+    profile = {} if settings.training.deepspeed_profile is None else read_profile(settings.training.deepspeed_profile)
+    require_offload(settings.training.offload)
     weights = weight_hash(settings.model.name)
     load_tokenizer(settings.model.name)
     retry_s = settings.training.store_retry_s
@@ -55,7 +58,7 @@ def prepare(settings: Settings, line: ProgressLine) -> Prepared:
     waves = plan_waves({index: part.train_users for index, part in enumerate(stats.partitions)}, settings.training.users_per_wave)
     skipped = f", {sum(stats.skipped.values()):,} bad rows skipped" if stats.skipped else ""
     line.say(f"{stats.train_users:,} users to train, {stats.rows('train'):,} training rows, {len(waves)} waves{skipped}")
-    assignment = Assignment(_absolute(settings, store), run.folder.rpartition("/")[2], generation, labels, uri, waves)
+    assignment = Assignment(_absolute(settings, store), run.folder.rpartition("/")[2], generation, labels, uri, waves, profile)
     return Prepared(store, run, assignment, stats, weights)
 
 

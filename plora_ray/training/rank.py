@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plora_ray.adapters.blocks import checkpoint_blocks
 from plora_ray.adapters.fit import UserPrior
+from plora_ray.adapters.halves import Halves
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import PersonalizedModel
 from plora_ray.adapters.objective import PopulationObjective
 from plora_ray.adapters.pretrained import DTYPES, load_tokenizer
-from plora_ray.config import Settings
+from plora_ray.config import Settings, TrainingSettings
 from plora_ray.data.partition import read_partition
 from plora_ray.store import AdapterStore
+from plora_ray.training.activations import Below, LowerActivations, whole_passes
 from plora_ray.training.checkpoints import PopulationCheckpoints
-from plora_ray.training.engine import ShardedTrainer, choose_sharding
+from plora_ray.training.engine import EngineOptions, ShardedTrainer, choose_sharding
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.population import PopulationStage, StepsDone
@@ -54,7 +58,10 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Assignment:
-    """All that the ranks of one run share. partitions_uri: where the partition files lie."""
+    """All that the ranks of one run share. partitions_uri: where the partition files lie.
+
+    deepspeed_profile: the content of the file of that name, for EngineOptions.
+    """
 
     settings: Settings
     fingerprint: str
@@ -62,23 +69,32 @@ class Assignment:
     labels: LabelSpace
     partitions_uri: str
     waves: list[Wave]
+    deepspeed_profile: dict[str, Any] = field(default_factory=dict)
 
 
 def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) -> None:
     """Both stages of this rank's share. Every rank of the group must call; safe to call again after any failure."""
+    with ExitStack() as resources:
+        _run_stages(assignment, rank, ranks, observer, resources)
+
+
+def _run_stages(assignment: Assignment, rank: int, ranks: int, observer: Observer, resources: ExitStack) -> None:
     settings = assignment.settings
     store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), retry_s=settings.training.store_retry_s)
     rows = _load_rows(assignment, store, rank, ranks)
-    trainer, model = _build(assignment, observer)
+    trainer, model, halves = _build(assignment, observer)
+    below = resources.enter_context(_below(settings.training, halves, trainer, rows))
     table = _table(settings, len(rows.keys))
     run = RunState(store.objects, assignment.fingerprint)
     checkpoints = PopulationCheckpoints(store.objects, run.folder, rank)
-    PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps, observer.in_step).run()
+    PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps, observer.in_step, below).run()
 
     shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
     trainer.freeze()
     writer = store.resume(assignment.generation)
-    passes = FrozenPasses(trainer, model, rows, batch_tokens=settings.training.batch_tokens, batch_rows=settings.training.batch_rows)
+    passes = FrozenPasses(
+        trainer, model, rows, batch_tokens=settings.training.batch_tokens, batch_rows=settings.training.batch_rows, below=below
+    )
     prior = None if table is None else _prior(run, table, passes, rows, model, rank)
     if rank == 0:
         writer.write_shared({**shared, **(prior.tensors() if prior else {})}, {"format": "pt"})
@@ -110,21 +126,41 @@ def _load_rows(assignment: Assignment, store: AdapterStore, rank: int, ranks: in
     return RankRows(tables, assignment.labels, frozenset(store.tombstones()), 0 if pad_id is None else pad_id)
 
 
-def _build(assignment: Assignment, observer: Observer) -> tuple[ShardedTrainer, PersonalizedModel]:
+def _build(assignment: Assignment, observer: Observer) -> tuple[ShardedTrainer, PersonalizedModel, Halves | None]:
+    """The engine, its model, and the model's halves if hidden states below the adapters are to be kept."""
     settings = assignment.settings
     torch.manual_seed(settings.training.seed)  # equal starting parameters on all ranks
     model = PersonalizedModel.from_pretrained(settings.adapter_spec(assignment.labels.outputs), dtype=DTYPES[settings.model.dtype])
     training = settings.training
+    if training.gradient_checkpointing:
+        checkpoint_blocks(model.plm, model.context)
+    keeps = training.activation_cache_mb + training.activation_disk_mb > 0
+    halves = Halves(model.plm, settings.adapter.top_layers) if settings.adapter.top_layers and keeps else None
     objective = PopulationObjective(model, user_dropout=training.user_dropout, mutual_information=training.mutual_information.build())
     parameter_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    sharding = choose_sharding(training.sharding, parameter_bytes)
+    options = EngineOptions(
+        choose_sharding(training.sharding, parameter_bytes, training.offload), training.offload,
+        None if training.offload_dir is None else str(training.offload_dir), assignment.deepspeed_profile,
+    )  # fmt: skip
     trainer = ShardedTrainer(
-        objective, model.shared_parameters(), sharding=sharding, learning_rate=training.learning_rate,
+        objective, model.shared_parameters(), options=options, learning_rate=training.learning_rate,
         weight_decay=training.weight_decay, gradient_clipping=training.gradient_clipping, batch_rows=training.batch_rows,
     )  # fmt: skip
-    observer.on_model(ModelHeld(sharding, dist.get_world_size(), parameter_bytes, trainer.parameter_bytes_held()))
+    observer.on_model(ModelHeld(options.sharding, dist.get_world_size(), parameter_bytes, trainer.parameter_bytes_held()))
     torch.manual_seed(training.seed * 7919 + dist.get_rank() + 1)  # dropout differs between ranks
-    return trainer, model
+    return trainer, model, halves
+
+
+@contextmanager
+def _below(training: TrainingSettings, halves: Halves | None, trainer: ShardedTrainer, rows: RankRows) -> Iterator[Below]:
+    if halves is None:
+        yield whole_passes
+        return
+    kept = LowerActivations(
+        halves, trainer, rows, memory_bytes=training.activation_cache_mb * 2**20, disk_bytes=training.activation_disk_mb * 2**20
+    )
+    with closing(kept):
+        yield kept.under
 
 
 def _prior(run: RunState, table: UserTable, passes: FrozenPasses, rows: RankRows, model: PersonalizedModel, rank: int) -> UserPrior:

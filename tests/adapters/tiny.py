@@ -32,6 +32,8 @@ def plm(family: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     config = copy.deepcopy(CONFIGS[family])  # models keep and may change their configuration
     model: nn.Module = hf.T5EncoderModel(config) if family == "t5" else hf.AutoModel.from_config(config)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # as load_plm does
     return model.eval()
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from plora_ray.training.engine import ShardedTrainer, choose_sharding
+from plora_ray.training.engine import EngineOptions, ShardedTrainer, choose_sharding
 
 STEPS = 6
 
@@ -27,7 +27,8 @@ def module() -> nn.Module:
 
 def trainer_of(net: nn.Module, sharding: Any) -> ShardedTrainer:
     trained = {"weight": net[2].weight, "bias": net[2].bias}  # type: ignore[index]
-    return ShardedTrainer(net, trained, sharding=sharding, learning_rate=0.1, weight_decay=0.01, gradient_clipping=1.0, batch_rows=4)
+    options = EngineOptions(sharding, profile={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+    return ShardedTrainer(net, trained, options=options, learning_rate=0.1, weight_decay=0.01, gradient_clipping=1.0, batch_rows=4)
 
 
 def train(trainer: ShardedTrainer, first: int, stop: int) -> None:

@@ -185,6 +185,21 @@ def test_sharded_and_replicated_training_give_the_same_model(tiny_tree: Tree, tm
         assert np.allclose(vector, vectors["replicated"][key], atol=1e-2)
 
 
+def test_a_job_runs_with_adapters_on_top_shards_offloaded_blocks_recomputed_and_a_profile(tiny_tree: Tree, tmp_path: Path) -> None:
+    tiny_tree["adapter"] = {**tiny_tree.get("adapter", {}), "top_layers": 1}
+    profile = Path(__file__).parents[2] / "cluster" / "deepspeed" / "zero3-offload-cpu.json"
+    config = write(tiny_tree, tmp_path)
+    sets = ("training.offload=cpu", "training.gradient_checkpointing=true", f"training.deepspeed_profile={profile}")
+    code, out, err = run(config, *sets)
+    assert code == 0, err
+    assert ", zero3: " in err
+    store = AdapterStore.open(tiny_tree["store"]["uri"])
+    shared = store.open_generation().shared().tensors
+    adapted = {name.split(".layer.")[1].split(".")[0] for name in shared if name.startswith("layers.")}
+    assert adapted == {"1"}, "only the upper of the two blocks may have adapters"
+    assert store.open_generation().users == json.loads(out.splitlines()[-1])["users"] == 60
+
+
 def test_the_published_adapters_answer_as_the_training_report_says(tiny_tree: Tree, tmp_path: Path) -> None:
     config = write(tiny_tree, tmp_path)
     result = train(config)
