@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -33,6 +32,7 @@ from plora_ray.data.table import PartitionTable
 from plora_ray.store.objects import ObjectStore
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import EngineOptions, ShardedTrainer
+from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.population import PopulationStage, StepsDone
 from plora_ray.training.prior import estimate_prior

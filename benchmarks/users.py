@@ -26,10 +26,10 @@ from benchmarks.one_by_one import OneByOne
 from benchmarks.population import Population, UserRows, rank_rows, read_users, train_population
 from plora_ray.evaluation.metrics import log_softmax, row_nll
 
-LEAST_ROWS = 16
+EXAMPLES = 16  # training rows of each user
 RANKS = {"plora": 16, "lora": 8}
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-MOST_EPOCHS = 8
+MOST_EPOCHS = 5
 
 
 def users_per_hour(population: Population, users: list[UserRows], *, name: str, goal: float, rounds: int) -> list[Figure]:
@@ -144,7 +144,8 @@ def main(
     """Train both kinds' populations on cohort a, fit users of cohort b."""
     cohorts = read_users(data, max_length=64)
     known = cohorts["a"][: 120 if quick else 400]
-    new = [user for user in cohorts["b"] if len(user.of_split("train")) >= LEAST_ROWS and user.of_split("test")][: 32 if quick else None]
+    fit = [user for user in cohorts["b"] if len(user.of_split("train")) >= EXAMPLES and user.of_split("test")][: 24 if quick else None]
+    new = [user.take(user.of_split("train", EXAMPLES) + user.of_split("test")) for user in fit]
     goals = {"plora": ("users_per_hour_vs_peft", 5.0), "lora": ("users_per_hour_vs_peft_lora_kind", 2.0)}
     for kind, (name, goal) in goals.items():
         population = train_population(known, epochs=1 if quick else 2, seed=0, kind=kind, rank=RANKS[kind])  # type: ignore[arg-type]
