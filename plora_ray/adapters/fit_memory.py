@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plora_ray.adapters.fit import OUTER_PRODUCT_ROWS
+from plora_ray.adapters.fit import GROUP_ROWS
 from plora_ray.adapters.solver import Solver
 
 NEWTON_BLOCK_BYTES = 256 * 2**20  # Newton solves a wave in blocks of users of about so many bytes
@@ -30,6 +30,7 @@ def fit_memory_bytes(solver: Solver, *, users: int, rows: int, width: int, outpu
     records = 4 * users * width
     if solver == "adam":  # values, two moments, the best values, and the result on the CPU
         return 5 * records + 4 * min(pass_users, users) * width * _ADAM_PASS_RECORDS
-    outer_products = 8 * min(OUTER_PRODUCT_ROWS, rows) * width * (width + 3 * max(1, outputs - 1))
+    group = min(GROUP_ROWS, rows)  # filled up; its Jacobian twice, and the products of its users
+    group_bytes = 8 * width * (group * 3 * max(1, outputs - 1) + 2 * min(group, users) * width)
     wave = users * newton_user_bytes(width) + rows * newton_row_bytes(width, outputs)
-    return 2 * records + min(wave, NEWTON_BLOCK_BYTES) + outer_products
+    return 2 * records + min(wave, NEWTON_BLOCK_BYTES) + group_bytes
