@@ -47,17 +47,25 @@ def _settings(config: Path, overrides: list[str] | None) -> Settings:
 
 @app.command("train-all")
 @reports_errors
-def train_all(config: ConfigOption, overrides: SetOption = None) -> None:
+def train_all(
+    config: ConfigOption,
+    only_users_with_new_data: Annotated[
+        bool, typer.Option("--only-users-with-new-data", help="Keep what is shared; refit users with new rows, carry over all others.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Partition the rows, say what would be done, train nothing.")] = False,
+    overrides: SetOption = None,
+) -> None:
     """Train an adapter for every user and publish them as a generation. Resumes an unfinished run by itself."""
-    settings = _settings(config, overrides)
+    chosen = ["training.only_users_with_new_data=true"] if only_users_with_new_data else []
+    settings = _settings(config, [*(overrides or ()), *chosen])
     from plora_ray.runtime import ray_cluster
 
     with ray_cluster():
         from plora_ray.training.job import train
 
-        published = train(settings)
+        result = train(settings, dry_run=dry_run)
     sys.stdout.flush()
-    typer.echo(published.to_json())
+    typer.echo(result.to_json())
 
 
 def train_all_app() -> None:

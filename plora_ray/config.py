@@ -103,7 +103,10 @@ class TrainingSettings(_Section):
     the job rides out passing failures of the storage, each time. sharding: zero3 shards the frozen PLM
     over the ranks, replicated keeps a copy on each, auto shards when a copy would take over half of a device's memory.
     user_solver: what fits users once everything shared is frozen; auto takes newton for kind plora, adam for kind lora.
-    user_dropout: rho. batch_rows / batch_tokens bound a batch; users_per_wave is the unit of resume.
+    user_dropout: rho. batch_rows / batch_tokens bound a batch. A wave is the unit of resume: at most
+    users_per_wave users (auto: 5000), and no more than fit into wave_memory_mb.
+    only_users_with_new_data: keep the current generation's shared parameters and refit only users whose rows are new or changed.
+    warm_start: train a new population from the current generation's shared parameters and vectors instead of from scratch.
     tensorboard_dir: where the driver writes event files; None: nowhere. mlflow: a server that hears of the run; None: none.
     gradient_checkpointing: blocks run again in the backward pass instead of keeping their activations. offload: where zero3 keeps
     the frozen shards; nvme writes them below offload_dir. deepspeed_profile: JSON file of further DeepSpeed settings.
@@ -133,7 +136,10 @@ class TrainingSettings(_Section):
     adam: AdamSettings = AdamSettings()
     batch_rows: int = Field(32, ge=1)
     batch_tokens: int = Field(4096, ge=16)
-    users_per_wave: int = Field(2000, ge=1)
+    users_per_wave: int | Literal["auto"] = "auto"
+    wave_memory_mb: int = Field(1024, ge=1)
+    only_users_with_new_data: bool = False
+    warm_start: bool = False
     partitions: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = "auto"
     max_failures: int = Field(3, ge=0)
     store_retry_s: float = Field(120.0, ge=0)
@@ -141,7 +147,7 @@ class TrainingSettings(_Section):
     tensorboard_dir: Path | None = None
     mlflow: MlflowSettings | None = None
 
-    @field_validator("num_workers", "partitions", mode="before")
+    @field_validator("num_workers", "partitions", "users_per_wave", mode="before")
     @classmethod
     def _numbers_or_auto(cls, value: Any, info: ValidationInfo) -> Any:
         """One sentence for what would else be a complaint from each type that the value isn't."""
@@ -170,6 +176,12 @@ class TrainingSettings(_Section):
             raise ValueError("offload is nvme: set offload_dir to a directory on the drive, there on every node")
         if self.offload != "nvme" and self.offload_dir is not None:
             raise ValueError(f"offload_dir is only used with offload nvme, and offload is {self.offload}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_of_retraining(self) -> TrainingSettings:
+        if self.only_users_with_new_data and self.warm_start:
+            raise ValueError("warm_start trains a new population and only_users_with_new_data none: set one of them to false")
         return self
 
     @property

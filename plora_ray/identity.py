@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+
 from plora_ray.errors import InvalidUserId
 
 KEY_BYTES = 16
@@ -39,6 +41,11 @@ def validate_user_id(user_id: object) -> str:
 def user_key(user_id: str, secret: bytes) -> bytes:
     """The user's 16-byte key: BLAKE2b of the id, keyed with the store's secret. Uniform, so it also partitions users."""
     return hashlib.blake2b(user_id.encode("utf-8"), key=secret, digest_size=KEY_BYTES).digest()
+
+
+def as_words(keys: np.ndarray) -> np.ndarray:
+    """Keys uint8 [users, 16] as [users] items that compare as the byte strings do."""
+    return np.ascontiguousarray(keys).view(f"V{KEY_BYTES}").ravel()
 
 
 def partition_of(key: bytes, partitions: int) -> int:

@@ -60,6 +60,4 @@ def cut_matrices(records: Tensor, shapes: dict[str, tuple[int, int, int]]) -> di
     """
     sizes = [size for rank, inner, outer in shapes.values() for size in (rank * inner, outer * rank)]
     pieces = iter(torch.split(records, sizes, dim=1))
-    return {
-        name: (next(pieces).view(-1, rank, inner), next(pieces).view(-1, outer, rank)) for name, (rank, inner, outer) in shapes.items()
-    }
+    return {name: (next(pieces).view(-1, rank, inner), next(pieces).view(-1, outer, rank)) for name, (rank, inner, outer) in shapes.items()}

@@ -86,16 +86,27 @@ def load_plm(name: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(location)
         kind: Any = _SEQ2SEQ_ENCODERS.get(config.model_type, AutoModel)
-        options: dict[str, Any] = {"dtype": dtype}
-        if config.model_type in ("bert", "roberta", "xlm-roberta"):
-            options["add_pooling_layer"] = False
         with _quiet():
-            model = kind.from_pretrained(location, **options)
+            model = kind.from_pretrained(location, dtype=dtype, **_without_pooler(config))
     except (OSError, ValueError) as error:
         raise ModelError(_not_loadable(name, "model", error)) from error
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model.requires_grad_(False).eval()
+
+
+def plm_skeleton(name: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model that `load_plm` gives, on the meta device: shapes without weights, for counting."""
+    config = AutoConfig.from_pretrained(resolve_model(name))
+    kind = _SEQ2SEQ_ENCODERS.get(config.model_type)
+    with torch.device("meta"), _quiet():
+        model: nn.Module = AutoModel.from_config(config, dtype=dtype, **_without_pooler(config)) if kind is None else kind(config).to(dtype)
+    return model
+
+
+def _without_pooler(config: Any) -> dict[str, bool]:
+    """The option that leaves out a head nobody uses, for the families that have one."""
+    return {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
 
 
 def weight_hash(name: str) -> str:

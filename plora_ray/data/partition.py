@@ -54,13 +54,13 @@ def partition_rows(
     units: list[ReadUnit] | None = None,
     retry_s: float = SERVING_RETRY_S,
 ) -> PartitionStats:
-    """Write `partition-00000.parquet` ... to `destination`, a folder of its own that all nodes reach, on the running cluster.
+    """Write `partition-00000.parquet`, `partition-00000.users.safetensors` ... to `destination`, on the running cluster.
 
-    A finished partitioning of the same rows and settings is recognised and only its stats are returned; anything
-    half-written is removed and made again. `storage_options` belong to the destination, `settings.storage_options` to the
-    source, and passing failures of either are ridden out for `retry_s` seconds; `units`: what `list_units(settings)` gave, where
-    the caller has asked already. Raises DataError if the source can't be used as it is, StoreError if the destination can't,
-    ModelError if the tokenizer can't be loaded.
+    The destination is a folder of its own that all nodes reach. A finished partitioning of the same rows and settings is
+    recognised and only its stats are returned; anything half-written is removed and made again. `storage_options` belong to the
+    destination, `settings.storage_options` to the source, and passing failures of either are ridden out for `retry_s` seconds;
+    `units`: what `list_units(settings)` gave, where the caller has asked already. Raises DataError if the source can't be used
+    as it is, StoreError if the destination can't, ModelError if the tokenizer can't be loaded.
     """
     import ray  # seconds to import, and who only reads partitions has no use for it
 

@@ -20,7 +20,8 @@ from plora_ray.data.fragments import FragmentWriter, read_pieces
 from plora_ray.data.rows import SPLITS, BadRow, RawRows, RowRules, SplitName, Task, split_by_text
 from plora_ray.data.sources import ReadUnit, SourceSettings, read_unit
 from plora_ray.data.stats import PartitionCounts, refuse_too_many_classes
-from plora_ray.data.table import partition_schema, write_partition
+from plora_ray.data.table import PartitionTable, as_partition, partition_schema, write_partition
+from plora_ray.data.trained_users import TrainedUsers, trained_users, write_trained_users
 from plora_ray.errors import ModelError, PloraError
 from plora_ray.identity import partition_of, user_key
 from plora_ray.store.objects import ObjectRange, ObjectStore
@@ -123,8 +124,12 @@ def finish_partition(job: PartitionJob, item: str) -> str:
         rows = read_pieces(job.destination, [ObjectRange(*piece) for piece in parsed["pieces"]], job.task)
         tokens = _tokenise(rows["text"], load_tokenizer(job.tokenizer_path), job.max_length)
         columns = [rows["key"], tokens, rows["label"], rows["split"], rows["timestamp"]]
-        write_partition(job.destination, result.partition, pa.table(columns, schema=partition_schema(job.task)))
-        result.counts = _count(rows, tokens, job.task)
+        table = pa.table(columns, schema=partition_schema(job.task))
+        write_partition(job.destination, result.partition, table)
+        partition = as_partition(table)
+        trained = trained_users(partition, job.secret)
+        write_trained_users(job.destination, result.partition, trained)
+        result.counts = _count(partition, trained)
     except PloraError as error:
         result.error = str(error)
     return result.model_dump_json()
@@ -144,19 +149,17 @@ def _tokenise(texts: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase, max_le
     return pa.chunked_array(chunks, kind)
 
 
-def _count(rows: pa.Table, tokens: pa.ChunkedArray, task: Task) -> PartitionCounts:
-    split = rows["split"].to_numpy()
-    trained = rows["label"].to_numpy()[split == SPLITS.index("train")] if task == "regression" else np.empty(0)
-    mean = float(trained.mean()) if len(trained) else 0.0
-    keys = np.array(rows["key"].to_pylist(), object)
-    by_split = np.bincount(split, minlength=len(SPLITS))
+def _count(table: PartitionTable, trained: TrainedUsers) -> PartitionCounts:
+    numbers = table.labels[table.split == SPLITS.index("train")] if table.labels.dtype.kind == "f" else np.empty(0)
+    mean = float(numbers.mean()) if len(numbers) else 0.0
+    by_split = np.bincount(table.split, minlength=len(SPLITS))
     return PartitionCounts(
-        users=len(set(keys)),
-        train_users=len(set(keys[split == SPLITS.index("train")])),
+        users=table.users,
+        train_users=len(trained.keys),
         rows={name: int(count) for name, count in zip(SPLITS, by_split, strict=True)},
-        tokens=sum(len(chunk.flatten()) for chunk in tokens.chunks),
+        tokens=len(table.tokens),
         label_mean=mean,
-        label_squares=float(((trained - mean) ** 2).sum()),
+        label_squares=float(((numbers - mean) ** 2).sum()),
     )
 
 

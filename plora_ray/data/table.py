@@ -73,6 +73,19 @@ class PartitionTable:
         rows: NDArray[np.int64] = low + np.flatnonzero(self.split[low:high] == SPLITS.index(split))
         return rows
 
+    def of_users(self, chosen: NDArray[np.bool_]) -> PartitionTable:
+        """The rows of the users that `chosen` [users] marks, and of no other."""
+        rows = chosen[self.user_of_row]
+        return PartitionTable(
+            keys=self.keys[chosen],
+            user_offsets=np.cumsum([0, *np.diff(self.user_offsets)[chosen]]),
+            tokens=self.tokens[np.repeat(rows, self.lengths)],
+            row_offsets=np.cumsum([0, *self.lengths[rows]]),
+            labels=self.labels[rows],
+            split=self.split[rows],
+            timestamps=self.timestamps[rows],
+        )
+
 
 def partition_path(partition: int) -> str:
     """The name of one partition's file in its folder."""
@@ -110,6 +123,11 @@ def read_partition(
         raise DataError(f"{objects.uri_of(path)} can't be read ({type(error).__name__}): partition the data again") from error
     if table.schema.names != partition_schema("classification").names:
         raise DataError(f"{objects.uri_of(path)} isn't a partition file: its columns are {', '.join(table.schema.names)}")
+    return as_partition(table)
+
+
+def as_partition(table: pa.Table) -> PartitionTable:
+    """The rows of a table of `partition_schema` sorted by key, as arrays."""
     keys = np.frombuffer(b"".join(_fixed_bytes(chunk) for chunk in table["key"].chunks), np.uint8).reshape(-1, KEY_BYTES)
     starts = np.flatnonzero(np.concatenate([[True], (keys[1:] != keys[:-1]).any(axis=1)])[: len(keys)])
     tokens, row_offsets = _ragged(table["input_ids"])

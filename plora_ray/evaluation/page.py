@@ -19,9 +19,7 @@ PREDICTORS = {
     MAJORITY: "everybody's labels, no text",
 }
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "mse": "MSE", "mae": "MAE", "r2": "R²"}
-INTERVALS = (
-    "Intervals: 95 %, bootstrap over whole users. Gains are paired on the same rows; positive is better for every metric."
-)
+INTERVALS = "Intervals: 95 %, bootstrap over whole users. Gains are paired on the same rows; positive is better for every metric."
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ddd}

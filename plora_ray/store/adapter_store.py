@@ -124,6 +124,12 @@ class AdapterStore:
         self._published(generation)
         self.objects.write(names.CURRENT, dump_json(Current(generation=generation)))
 
+    def succeed(self, base: str, generation: str) -> bool:
+        """Make `generation` the current one if that is still `base` (or `generation` already); whether it is current now."""
+        self._published(generation)
+        mine, standing = dump_json(Current(generation=generation)), dump_json(Current(generation=base))
+        return self.objects.update(names.CURRENT, lambda data: mine if data == standing else None) == mine
+
     def begin(self, generation: str, kind: str = "plora") -> GenerationWriter:
         """Begin to write a generation, or go on with an unfinished one.
 

@@ -8,11 +8,13 @@ IDENTITY = "store.json"
 CURRENT = "current"
 GENERATIONS = "generations"
 ERASED = "erased"
+FRESH = "users"
 MANIFEST = "manifest.json"
 BEGINNING = "begun.json"
 SHARED = "shared.safetensors"
 
 _SEGMENT = re.compile(r".*/segments/(\d{5,})\.safetensors")
+_FRESH = re.compile(FRESH + r"/[0-9a-f]{2}/([0-9a-f]{32})\.safetensors")
 _TOMBSTONE = re.compile(ERASED + r"/([0-9a-f]{32})\.json")
 
 
@@ -36,6 +38,12 @@ def segment(generation: str, wave: int) -> str:
     return f"{segments(generation)}/{wave:05d}.safetensors"
 
 
+def row_digests(generation: str, wave: int | None = None) -> str:
+    """The wave's object, or the folder of all waves'."""
+    folder = f"{GENERATIONS}/{generation}/sources"
+    return folder if wave is None else f"{folder}/{wave:05d}.safetensors"
+
+
 def wave_of(path: str) -> int | None:
     """The wave whose segment lies at `path`; None if that is no segment's name."""
     match = _SEGMENT.fullmatch(path)
@@ -48,7 +56,13 @@ def side_object(generation: str, name: str) -> str:
 
 def fresh(key: bytes) -> str:
     # Two hex digits as a folder keep a million users from sharing one directory.
-    return f"users/{key.hex()[:2]}/{key.hex()}.safetensors"
+    return f"{FRESH}/{key.hex()[:2]}/{key.hex()}.safetensors"
+
+
+def fresh_key(path: str) -> bytes | None:
+    """The key whose fresh object lies at `path`; None if that is no fresh object's name."""
+    match = _FRESH.fullmatch(path)
+    return bytes.fromhex(match[1]) if match else None
 
 
 def tombstone(key: bytes) -> str:

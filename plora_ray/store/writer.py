@@ -22,6 +22,7 @@ from plora_ray.store.adapters import now_iso
 from plora_ray.store.manifest import Beginning, Manifest, ModelRef, ObjectRef, SegmentRef, dump_json, first_problem, load_json
 from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import ObjectStore
+from plora_ray.store.row_digests import encode_row_digests
 from plora_ray.store.segments import Segment, decode_segment, encode_segment
 from plora_ray.store.shared import SharedWeights, decode_shared, encode_shared
 
@@ -47,8 +48,10 @@ class GenerationWriter:
 
     def write_shared(self, tensors: Mapping[str, torch.Tensor | np.ndarray], metadata: Mapping[str, str]) -> ObjectRef:
         """Write the shared weights, once; again with equal ones is fine. Raises StoreError if others stand there already."""
+        return self._create_shared(encode_shared(tensors, metadata))
+
+    def _create_shared(self, data: bytes) -> ObjectRef:
         path = names.shared(self.generation)
-        data = encode_shared(tensors, metadata)
         try:
             self._objects.create(path, data)
         except ObjectExists as error:
@@ -89,6 +92,21 @@ class GenerationWriter:
                 self._objects.delete(path)  # damaged: nobody was told that it is finished
         raise StoreError(f"{self._objects.uri_of(path)} is damaged and comes back damaged: check the store")
 
+    def write_row_digests(self, wave: int, keys: np.ndarray, digests: np.ndarray) -> None:
+        """Note what users of wave `wave` were trained on: keys uint8 [users, 16] ascending, digests uint8 [users, 16].
+
+        Write it before the wave's segment: that one finishes the wave for good.
+        """
+        self._objects.write(names.row_digests(self.generation, wave), encode_row_digests(keys, digests))
+
+    def copy_shared(self, data: bytes) -> ObjectRef:
+        """Write the shared weights of another generation, byte for byte, so that adapters fitted with them fit this one, too.
+
+        Raises StoreError if others stand there already, CorruptObjectError if these are no shared weights.
+        """
+        decode_shared(data, f"what generation {self.generation} is to share")
+        return self._create_shared(data)
+
     def finished_waves(self) -> dict[int, SegmentRef]:
         """The waves that needn't be trained again. Reads and verifies every segment; a damaged one is deleted and left out."""
         paths = [item.path for item in self._objects.list(names.segments(self.generation)) if names.wave_of(item.path) is not None]
@@ -118,8 +136,9 @@ class GenerationWriter:
         adapter_config: dict[str, Any],
         partition: dict[str, Any] | None = None,
         segments: Mapping[int, SegmentRef] | None = None,
+        activate: bool = True,
     ) -> Manifest:
-        """Publish the generation and make it the current one.
+        """Publish the generation and, with `activate`, make it the current one.
 
         segments are the finished waves; without them all are read back and verified. Raises StoreError, with nothing published,
         if shared weights are missing, segments are missing or overlap, or they don't hold exactly `expected_users` users; and if
@@ -137,7 +156,8 @@ class GenerationWriter:
             )
         manifest = self._manifest(shared, list(found.values()), model, adapter_config, partition or {})
         self._publish(manifest)
-        self._activate(self.generation)
+        if activate:
+            self._activate(self.generation)
         return manifest
 
     def _manifest(

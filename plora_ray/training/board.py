@@ -83,7 +83,7 @@ class RankObserver:
         self._board, self._group, self._rank, self._report = board, group, rank, report
         tags = {"generation": generation, "rank": str(rank)}
         self._rows = _tagged(Counter, "rows_total", "Training rows gone through, in both stages", tags)
-        self._users = _tagged(Counter, "users_total", "Users fitted", tags)
+        self._users = _tagged(Counter, "users_total", "Users finished: fitted, or carried over unchanged", tags)
         self._waves = _tagged(Counter, "waves_total", "Waves of users finished", tags)
         self._loss = _tagged(Gauge, "loss", "Mean population loss of this rank's newest steps", tags)
         self._step_seconds = _tagged(Gauge, "step_seconds", "Mean seconds of the newest population steps", tags)
@@ -107,6 +107,7 @@ class RankObserver:
         self._waves.inc()
         if done.users:  # an erased user may have been the wave's only one
             self._users.inc(done.users)
+        if done.rows:  # users who came over unchanged have none
             self._rows.inc(done.rows)
         self._metrics["users"] += done.users
 

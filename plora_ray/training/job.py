@@ -19,9 +19,10 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.config import Settings, parse_settings
 from plora_ray.errors import ConfigError, PloraError
 from plora_ray.training.board import ProgressBoard, RankObserver
+from plora_ray.training.dry_run import DryRun, dry_run_of
 from plora_ray.training.prepare import Prepared, prepare
 from plora_ray.training.progress import ProgressLine
-from plora_ray.training.publish import Published, finish, publish
+from plora_ray.training.publish import Published, finish, publish, unchanged
 from plora_ray.training.rank import Assignment, run_rank
 from plora_ray.training.report import TrainingReport, add_up
 from plora_ray.training.telemetry import Telemetry
@@ -48,6 +49,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         partitions_uri=config["partitions_uri"],
         waves=[Wave(**wave) for wave in config["waves"]],
         deepspeed_profile=config["deepspeed_profile"],
+        base=config["base"],
     )
     rank, ranks = context.get_world_rank(), context.get_world_size()
     group = [uuid.uuid4().hex]
@@ -55,24 +57,30 @@ def _train_loop(config: dict[str, Any]) -> None:
     run_rank(assignment, rank, ranks, RankObserver(config["board"], group[0], rank, assignment.generation, ray.train.report))
 
 
-def train(settings: Settings) -> Published:
+def train(settings: Settings, *, dry_run: bool = False) -> Published | DryRun:
     """Run the whole job on the connected Ray cluster and publish a generation. Raises PloraError.
 
-    An unfinished run of the same data and settings in the same store is continued.
+    An unfinished run of the same data and settings in the same store is continued. With dry_run nothing is trained: the rows are
+    partitioned, and what would be done is said and returned. Where no user has new data, the base itself is what is published.
     """
     began = time.monotonic()
     with ProgressLine() as line:
-        prepared = prepare(settings, line)
+        prepared = prepare(settings, line, dry_run=dry_run)
         store, run, assignment = prepared.store, prepared.run, prepared.assignment
+        if dry_run:
+            workers, _ = _scale(assignment.settings)
+            return dry_run_of(prepared, workers if isinstance(workers, int) else workers[0], line)
+        if prepared.nothing_to_do:
+            return unchanged(prepared, line, seconds=time.monotonic() - began)
         if store.manifest(assignment.generation) is not None:
-            return finish(store, run, assignment.generation, seconds=time.monotonic() - began)
+            return finish(prepared, line, seconds=time.monotonic() - began)
         with open_telemetry(settings, store.objects, run.folder, assignment.generation, line.say) as telemetry:
             history = History(store.objects, run.folder)
             _fit(prepared, line, telemetry, history)
             line.say("adding up the test rows and writing the report ...")
             totals = add_up(assignment, run, prepared.stats, erased=len(store.tombstones()))
-            report = TrainingReport(assignment, prepared.stats, totals, history, time.monotonic() - began)
-            published = publish(store, run, assignment, report, prepared.weight_hash, seconds=time.monotonic() - began)
+            report = TrainingReport(assignment, prepared.plan, prepared.stats, totals, history, time.monotonic() - began)
+            published = publish(prepared, report, line, seconds=time.monotonic() - began)
             telemetry.finish(report.values, report.files)
             return published
 
@@ -80,12 +88,14 @@ def train(settings: Settings) -> Published:
 def _fit(prepared: Prepared, line: ProgressLine, telemetry: Telemetry, history: History) -> None:
     settings = prepared.assignment.settings
     writer = prepared.store.begin(prepared.assignment.generation, settings.adapter.kind)
+    if prepared.base is not None and settings.training.only_users_with_new_data:
+        writer.copy_shared(prepared.store.objects.read(prepared.base.reader.manifest.shared.path))
     done = sum(segment.users for segment in writer.finished_waves().values())
     line.users_at_start = done
     if done:
         line.say(f"{done:,} users are finished already and are not trained again")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost only with the driver itself
-    board = ProgressBoard.options(scheduling_strategy=here).remote(done, prepared.stats.train_users)  # type: ignore[attr-defined]
+    board = ProgressBoard.options(scheduling_strategy=here).remote(done, prepared.plan.users)  # type: ignore[attr-defined]
     workers, use_gpu = _scale(settings)
     shown = f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else str(workers)
     line.say(f"starting {shown} {'GPU' if use_gpu else 'CPU'} workers ...")
@@ -115,6 +125,7 @@ def _trainer(prepared: Prepared, board: Any, workers: int | tuple[int, int], use
             "partitions_uri": prepared.assignment.partitions_uri,
             "waves": [asdict(wave) for wave in prepared.assignment.waves],
             "deepspeed_profile": prepared.assignment.deepspeed_profile,
+            "base": prepared.assignment.base,
             "board": board,
         },
         scaling_config=ScalingConfig(

@@ -4,36 +4,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.pretrained import load_tokenizer, resolve_model, weight_hash
 from plora_ray.config import Settings
 from plora_ray.data.partition import partition_rows
 from plora_ray.data.sources import ReadUnit, fingerprint, list_units, suggest_partitions
 from plora_ray.data.stats import PartitionStats, label_space
-from plora_ray.errors import ConfigError
+from plora_ray.data.trained_users import TrainedUsers, read_trained_users
+from plora_ray.errors import ConfigError, StoreError
 from plora_ray.store import AdapterStore
 from plora_ray.store.retries import retrying
+from plora_ray.training.carry_over import ANEW, Base, plan_new_data
 from plora_ray.training.engine import read_profile, require_offload
+from plora_ray.training.memory import MAX_USERS_PER_WAVE, ModelSize, wave_bytes
+from plora_ray.training.plan import PartitionPlan, Plan, PlanBuilder
 from plora_ray.training.progress import ProgressLine
 from plora_ray.training.rank import Assignment
-from plora_ray.training.run_state import RunState, run_fingerprint
+from plora_ray.training.run_state import RunState, delete_runs_of, run_fingerprint
 from plora_ray.training.telemetry.configured import check_telemetry
-from plora_ray.training.waves import plan_waves
+from plora_ray.training.waves import MiB, WaveLimits
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run whose data is partitioned and planned."""
+    """A run whose data is partitioned and planned. base: the generation it starts from, if any."""
 
     store: AdapterStore
     run: RunState
     assignment: Assignment
     stats: PartitionStats
     weight_hash: str
+    size: ModelSize
+    plan: Plan
+    base: Base | None
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Whether the base says everything already: no user has new rows, and no fresh adapter waits to be taken in."""
+        carrying = self.assignment.settings.training.only_users_with_new_data
+        return carrying and not self.plan.fitted and not self.plan.folded
 
 
-def prepare(settings: Settings, line: ProgressLine) -> Prepared:
-    """Open the store, find or begin the run, partition and plan; no worker has started yet. Raises PloraError."""
+def prepare(settings: Settings, line: ProgressLine, *, dry_run: bool = False) -> Prepared:
+    """Open the store, find or begin the run, partition and plan; no worker has started yet. Raises PloraError.
+
+    With dry_run the plan isn't kept: the run that follows makes its own, of what stands in the store by then.
+    """
     check_telemetry(settings.training)
     profile = {} if settings.training.deepspeed_profile is None else read_profile(settings.training.deepspeed_profile)
     require_offload(settings.training.offload)
@@ -44,22 +62,66 @@ def prepare(settings: Settings, line: ProgressLine) -> Prepared:
     settings = _with_partitions(settings, units)
     store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=True, retry_s=retry_s)
     store.objects.probe()
-    run = RunState(store.objects, run_fingerprint(settings, fingerprint(settings.data, units), weights))
+    training = settings.training
+    base = Base.open(store, settings, weights) if training.only_users_with_new_data or training.warm_start else None
+    if base is not None and training.only_users_with_new_data:
+        delete_runs_of(store.objects, base.reader.generation)
+    based_on = base.reader.generation if base is not None else None
+    run = RunState(store.objects, run_fingerprint(settings, fingerprint(settings.data, units), weights, based_on))
     generation, resumed = run.begin()
     line.say(f"generation {generation} ({'resuming' if resumed else 'new'}) in {store.uri}")
     line.say(f"partitioning {settings.data.source} by user ...")
     uri = store.objects.uri_of(f"{run.folder}/partitions")
     stats = partition_rows(
-        settings.data, settings.task, uri, settings.training.partition_count, store.hash_secret, resolve_model(settings.model.name),
-        settings.model.max_length, settings.training.seed, progress=line.show_partitioning,
+        settings.data, settings.task, uri, training.partition_count, store.hash_secret, resolve_model(settings.model.name),
+        settings.model.max_length, training.seed, progress=line.show_partitioning,
         storage_options=settings.store.storage_options(), units=units, retry_s=retry_s,
     )  # fmt: skip
-    labels = _labels(settings, stats)
-    waves = plan_waves({index: part.train_users for index, part in enumerate(stats.partitions)}, settings.training.users_per_wave)
+    labels = _labels(settings, stats, base)
+    size = ModelSize.of(settings, labels.outputs)
+    limits = _limits(settings, labels, size)
+    plan = run.plan.load() or _plan(settings, store, run, uri, base, limits, keep=not dry_run)
     skipped = f", {sum(stats.skipped.values()):,} bad rows skipped" if stats.skipped else ""
-    line.say(f"{stats.train_users:,} users to train, {stats.rows('train'):,} training rows, {len(waves)} waves{skipped}")
-    assignment = Assignment(_absolute(settings, store), run.folder.rpartition("/")[2], generation, labels, uri, waves, profile)
-    return Prepared(store, run, assignment, stats, weights)
+    line.say(plan.describe() + skipped)
+    if plan.without_digests:
+        line.say(f"generation {based_on} doesn't say what {plan.without_digests:,} users in the data were trained on: they are refitted")
+    assignment = Assignment(
+        _absolute(settings, store), run.folder.rpartition("/")[2], generation, labels, uri, plan.waves, profile, based_on
+    )  # fmt: skip
+    return Prepared(store, run, assignment, stats, weights, size, plan, base)
+
+
+def _plan(
+    settings: Settings, store: AdapterStore, run: RunState, uri: str, base: Base | None, limits: WaveLimits, *, keep: bool
+) -> Plan:  # fmt: skip
+    training = settings.training
+
+    def trained_users(partition: int) -> TrainedUsers:
+        return read_trained_users(uri, partition, settings.store.storage_options(), retry_s=training.store_retry_s)
+
+    def save(partition: int, plan: PartitionPlan) -> None:
+        if keep:
+            run.plan.save_partition(partition, plan)
+
+    if base is not None and training.only_users_with_new_data:
+        plan, snapshot = plan_new_data(store, base, trained_users, training.partition_count, limits, save)
+        seen = snapshot.seen
+    else:
+        builder, seen = PlanBuilder(limits), np.empty(0, np.uint64)
+        for partition in range(training.partition_count):
+            everybody = PartitionPlan.fit_all(trained_users(partition))
+            save(partition, everybody)
+            builder.add(partition, everybody)
+        plan = builder.build(base.reader.generation if base is not None else None)
+    if keep:
+        run.plan.save(plan, seen)
+    return plan
+
+
+def _limits(settings: Settings, labels: LabelSpace, size: ModelSize) -> WaveLimits:
+    training = settings.training
+    users = MAX_USERS_PER_WAVE if training.users_per_wave == "auto" else training.users_per_wave
+    return WaveLimits(users, training.wave_memory_mb * MiB, wave_bytes(settings, labels.outputs, size.user_width))
 
 
 def _with_partitions(settings: Settings, units: list[ReadUnit]) -> Settings:
@@ -77,8 +139,15 @@ def _absolute(settings: Settings, store: AdapterStore) -> Settings:
     return settings.model_copy(update={"store": settings.store.model_copy(update={"uri": store.uri})})
 
 
-def _labels(settings: Settings, stats: PartitionStats) -> LabelSpace:
+def _labels(settings: Settings, stats: PartitionStats, base: Base | None) -> LabelSpace:
+    """What the outputs mean: from the data, or from the base, whose head stays. Raises StoreError or DataError if the two disagree."""
+    if base is not None and settings.training.only_users_with_new_data:
+        base.refuse_new_labels(stats)
+        return base.labels
     if settings.task == "classification":
-        return LabelSpace("classification", tuple(label_space(stats, settings.task)))
+        labels = LabelSpace("classification", tuple(label_space(stats, settings.task)))
+        if base is not None and labels != base.labels:
+            raise StoreError(f"generation {base.reader.generation} has other classes than the data, so it can't be started from: {ANEW}")
+        return labels
     mean, std = stats.label_moments()
     return LabelSpace("regression", mean=mean, std=std or 1.0)

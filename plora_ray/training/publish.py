@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass
 
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
-from plora_ray.store.manifest import ModelRef
-from plora_ray.training.rank import Assignment
+from plora_ray.store.folding import raise_late_versions
+from plora_ray.store.manifest import Manifest, ModelRef
+from plora_ray.training.prepare import Prepared
+from plora_ray.training.progress import ProgressLine
 from plora_ray.training.report import REPORT_HTML, REPORT_JSON, TrainingReport
-from plora_ray.training.run_state import RunState
 
 
 @dataclass(frozen=True)
 class Published:
-    """The job's last line on standard output."""
+    """The job's last line on standard output. active: whether the generation serves now."""
 
     generation: str
     users: int
@@ -24,47 +25,80 @@ class Published:
     report: str
     report_html: str
     seconds: float
+    active: bool
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "seconds": round(self.seconds, 1)})
 
 
-def publish(
-    store: AdapterStore, run: RunState, assignment: Assignment, report: TrainingReport, weight_hash: str, *, seconds: float
-) -> Published:
+def publish(prepared: Prepared, report: TrainingReport, line: ProgressLine, *, seconds: float) -> Published:
     """Write the report, commit the generation, make it current, delete the run's folder. Raises StoreError, with nothing published."""
-    writer = store.begin(assignment.generation, assignment.settings.adapter.kind)
+    assignment, settings = prepared.assignment, prepared.assignment.settings
+    writer = prepared.store.resume(assignment.generation)
     for name, data in report.files.items():
         writer.write_side_object(name, data)
-    spec = assignment.settings.adapter_spec(assignment.labels.outputs)
+    spec = settings.adapter_spec(assignment.labels.outputs)
     writer.commit(
-        expected_users=report.totals.users,
-        model=ModelRef(name=spec.model, weight_hash=weight_hash),
+        expected_users=report.totals.users + report.totals.copied,
+        model=ModelRef(name=spec.model, weight_hash=prepared.weight_hash),
         adapter_config={
-            "spec": spec.to_json(), "labels": assignment.labels.to_json(), "max_length": assignment.settings.model.max_length,
-            "fit": assignment.settings.user_fit().to_json(),
+            "spec": spec.to_json(), "labels": assignment.labels.to_json(), "max_length": settings.model.max_length,
+            "fit": settings.user_fit().to_json(),
         },
-        partition={"partitions": assignment.settings.training.partitions, "waves": len(assignment.waves)},
+        partition={"partitions": settings.training.partitions, "waves": len(assignment.waves)},
+        activate=not settings.training.only_users_with_new_data,  # `finish` decides about the others
     )  # fmt: skip
-    return finish(store, run, assignment.generation, seconds=seconds)
+    return finish(prepared, line, seconds=seconds)
 
 
-def finish(store: AdapterStore, run: RunState, generation: str, *, seconds: float) -> Published:
-    """What is left to do once the manifest stands; done again, harmlessly, by a job that was stopped in between."""
+def finish(prepared: Prepared, line: ProgressLine, *, seconds: float) -> Published:
+    """What is left to do once the manifest stands; done again, harmlessly, by a job that was stopped in between.
+
+    A generation of carried-over users doesn't take over if another than its base serves by now.
+    """
+    store, generation = prepared.store, prepared.assignment.generation
     manifest = store.manifest(generation)
     if manifest is None:
         raise StoreError(f"generation {generation} isn't published: run the job again")
     current = store.manifest(store.current() or generation)
-    if store.current() != generation and (current is None or current.created_at <= manifest.created_at):
+    if prepared.assignment.settings.training.only_users_with_new_data:
+        _succeed_base(prepared, manifest, line)
+    elif store.current() != generation and (current is None or current.created_at <= manifest.created_at):
         store.activate(generation)  # never take over from a newer generation
-    run.delete()
-    reports = {name: store.objects.uri_of(f"generations/{generation}/{name}") for name in (REPORT_JSON, REPORT_HTML)}
+    prepared.run.delete()
+    return _published(store, manifest, seconds)
+
+
+def unchanged(prepared: Prepared, line: ProgressLine, *, seconds: float) -> Published:
+    """No user has new data: the base stays, and the run's folder is deleted."""
+    assert prepared.base is not None
+    manifest = prepared.base.reader.manifest
+    line.say(f"no user has new data since generation {manifest.generation}: nothing is trained and nothing new is published")
+    prepared.run.delete()
+    return _published(prepared.store, manifest, seconds)
+
+
+def _succeed_base(prepared: Prepared, manifest: Manifest, line: ProgressLine) -> None:
+    """Take over from the base, unless another generation did meanwhile."""
+    store, base, generation = prepared.store, prepared.assignment.base, manifest.generation
+    assert base is not None
+    raise_late_versions(store.objects, prepared.run.plan.fresh_seen(), manifest.shared.sha256, manifest.version)
+    if not store.succeed(base, generation):
+        line.say(
+            f"generation {generation} is published but doesn't serve, because {store.current()} took over from its base {base} "
+            f"meanwhile: `plora generations activate {generation}` makes it serve"
+        )
+
+
+def _published(store: AdapterStore, manifest: Manifest, seconds: float) -> Published:
+    reports = {name: store.objects.uri_of(f"generations/{manifest.generation}/{name}") for name in (REPORT_JSON, REPORT_HTML)}
     return Published(
-        generation=generation,
+        generation=manifest.generation,
         users=manifest.users,
         examples=manifest.examples,
         store=store.uri,
         report=reports[REPORT_JSON],
         report_html=reports[REPORT_HTML],
         seconds=seconds,
+        active=store.current() == manifest.generation,
     )

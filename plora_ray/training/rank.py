@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,19 +21,23 @@ from plora_ray.adapters.objective import PopulationObjective
 from plora_ray.adapters.pretrained import DTYPES, load_tokenizer
 from plora_ray.config import Settings, TrainingSettings
 from plora_ray.data.partition import read_partition
-from plora_ray.store import AdapterStore
+from plora_ray.store import AdapterStore, GenerationReader
 from plora_ray.training.activations import Below, LowerActivations, whole_passes
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import EngineOptions, ShardedTrainer, choose_sharding
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
 from plora_ray.training.passes import FrozenPasses
+from plora_ray.training.plan import PartitionPlan
 from plora_ray.training.population import PopulationStage, StepsDone
 from plora_ray.training.prior import estimate_prior
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.run_state import RunState
 from plora_ray.training.user_stage import UserStage, WaveDone
 from plora_ray.training.user_table import UserTable
+from plora_ray.training.wave_users import WaveUsers
 from plora_ray.training.waves import Wave, owned_partitions
+
+USERS_AT_ONCE = 4096  # whose records are read from the base in one go
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Assignment:
-    """All that the ranks of one run share. partitions_uri: where the partition files lie.
+    """All that the ranks of one run share. partitions_uri: where the partition files lie. base: the generation to start from.
 
     deepspeed_profile: the content of the file of that name, for EngineOptions.
     """
@@ -70,6 +75,7 @@ class Assignment:
     partitions_uri: str
     waves: list[Wave]
     deepspeed_profile: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
 
 
 def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) -> None:
@@ -81,29 +87,39 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
 def _run_stages(assignment: Assignment, rank: int, ranks: int, observer: Observer, resources: ExitStack) -> None:
     settings = assignment.settings
     store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), retry_s=settings.training.store_retry_s)
-    rows = _load_rows(assignment, store, rank, ranks)
+    run = RunState(store.objects, assignment.fingerprint)
+    owned = owned_partitions(settings.training.partition_count, rank, ranks)
+    plans = {partition: run.plan.load_partition(partition) for partition in owned}
+    rows = _load_rows(assignment, store, plans)
     trainer, model, halves = _build(assignment, observer)
     below = resources.enter_context(_below(settings.training, halves, trainer, rows))
-    table = _table(settings, len(rows.keys))
-    run = RunState(store.objects, assignment.fingerprint)
-    checkpoints = PopulationCheckpoints(store.objects, run.folder, rank)
-    PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps, observer.in_step, below).run()
-
-    shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
-    trainer.freeze()
+    base = store.open_generation(assignment.base) if assignment.base is not None else None
     writer = store.resume(assignment.generation)
     passes = FrozenPasses(
         trainer, model, rows, batch_tokens=settings.training.batch_tokens, batch_rows=settings.training.batch_rows, below=below
     )
-    prior = None if table is None else _prior(run, table, passes, rows, model, rank)
-    if rank == 0:
-        writer.write_shared({**shared, **(prior.tensors() if prior else {})}, {"format": "pt"})
+    if base is not None:
+        trainer.load({name: tensor for name, tensor in base.shared().tensors.items() if name in trainer.trained})
+    if base is not None and settings.training.only_users_with_new_data:
+        shared = trainer.gathered()
+        trainer.freeze()
+        prior = UserPrior.from_tensors(base.shared().tensors) if settings.adapter.kind == "plora" else None
+    else:
+        table = _table(settings, len(rows.keys))
+        if base is not None and table is not None:
+            start_at(base, rows.keys, table)
+        checkpoints = PopulationCheckpoints(store.objects, run.folder, rank)
+        PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps, observer.in_step, below).run()
+        shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
+        trainer.freeze()
+        prior = None if table is None else _prior(run, table, passes, rows, model, rank)
+        if rank == 0:
+            writer.write_shared({**shared, **(prior.tensors() if prior else {})}, {"format": "pt"})
     finished: list[set[int]] = [set(writer.finished_waves()) if rank == 0 else set()]
     dist.broadcast_object_list(finished, src=0)
-    mine = set(owned_partitions(settings.training.partition_count, rank, ranks))
-    fitter = _fitter(settings, passes, rows, model, shared, prior)
-    stage = UserStage(fitter, passes, rows, settings.task, writer, run, observer.on_wave, lambda: store.tombstones().keys())
-    stage.fit_waves([wave for wave in assignment.waves if wave.partition in mine], finished[0], _in_step(trainer))
+    fitter, users = _fitter(settings, passes, rows, model, shared, prior), WaveUsers(plans, base, writer)
+    stage = UserStage(fitter, passes, rows, settings.task, users, run, observer.on_wave, lambda: store.tombstones().keys())
+    stage.fit_waves([wave for wave in assignment.waves if wave.partition in plans], finished[0], _in_step(trainer))
     dist.barrier()
     observer.in_step()
 
@@ -117,11 +133,23 @@ def _table(settings: Settings, users: int) -> UserTable | None:
     return UserTable(users, settings.adapter.user_dim, learning_rate=rate, weight_decay=decay)
 
 
-def _load_rows(assignment: Assignment, store: AdapterStore, rank: int, ranks: int) -> RankRows:
+def start_at(base: GenerationReader, user_keys: np.ndarray, table: UserTable) -> None:
+    """A warm start: users whom the base knows begin at their vectors in it. user_keys: uint8 [users, 16] of the table's rows."""
+    keys = [key.tobytes() for key in user_keys]
+    for start in range(0, len(keys), USERS_AT_ONCE):
+        found = base.get_many(keys[start : start + USERS_AT_ONCE])
+        for place, key in enumerate(keys[start : start + USERS_AT_ONCE], start):
+            if key in found:
+                table.vectors[place] = torch.from_numpy(found[key].record.copy())
+
+
+def _load_rows(assignment: Assignment, store: AdapterStore, plans: dict[int, PartitionPlan]) -> RankRows:
+    """The rows of the rank's partitions; where only some users are fitted, theirs alone."""
     settings = assignment.settings
-    owned = owned_partitions(settings.training.partition_count, rank, ranks)
     options, retry_s = settings.store.storage_options(), settings.training.store_retry_s
-    tables = {index: read_partition(assignment.partitions_uri, index, options, retry_s=retry_s) for index in owned}
+    tables = {index: read_partition(assignment.partitions_uri, index, options, retry_s=retry_s) for index in plans}
+    if settings.training.only_users_with_new_data:
+        tables = {index: table.of_users(plans[index].fits(table.keys)) for index, table in tables.items()}
     pad_id = load_tokenizer(settings.model.name).pad_token_id
     return RankRows(tables, assignment.labels, frozenset(store.tombstones()), 0 if pad_id is None else pad_id)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.data.batches import pad_tokens
 from plora_ray.data.rows import SPLITS, SplitName
 from plora_ray.data.table import PartitionTable
+from plora_ray.identity import as_words
 
 SPLIT_CODES: dict[SplitName, int] = {name: code for code, name in enumerate(SPLITS)}
 
@@ -66,12 +66,6 @@ class RankRows:
             self._known_erased |= new
             self.erased |= np.fromiter((key.tobytes() in new for key in self.keys), bool, count=len(self.keys))
 
-    @cached_property
-    def _trainable(self) -> np.ndarray:
-        has_rows = np.zeros(len(self.keys), bool)
-        has_rows[self.row_users[self._split == SPLIT_CODES["train"]]] = True
-        return has_rows
-
     def of_split(self, split: SplitName, users: np.ndarray | None = None) -> np.ndarray:
         """Indices of the rows in a split, of all users or of `users` (ascending)."""
         if users is None:
@@ -83,10 +77,11 @@ class RankRows:
         rows = low + np.flatnonzero(chosen)
         return rows[np.isin(self.row_users[rows], users)]
 
-    def trainable_users(self, partition: int) -> np.ndarray:
-        """Users of a partition that have training rows, erased or not, in key order: what waves are cut from."""
+    def find(self, partition: int, keys: np.ndarray) -> np.ndarray:
+        """Indices of the users of `partition` with these keys (uint8 [users, 16], ascending), without those erased."""
         span = self.partition_users[partition]
-        return np.flatnonzero(self._trainable[span]) + span.start
+        users = span.start + np.searchsorted(as_words(self.keys[span]), as_words(keys))
+        return users[~self.erased[users]]
 
     def text(self, row: int) -> bytes:
         """The row's token ids as bytes: equal for equal texts."""

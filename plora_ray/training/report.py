@@ -16,6 +16,7 @@ from plora_ray.evaluation.page import INTERVALS, comparison_table, page, picture
 from plora_ray.evaluation.plots import gain_histograms
 from plora_ray.evaluation.verdict import verdict
 from plora_ray.training import plots
+from plora_ray.training.plan import Plan
 from plora_ray.training.rank import Assignment
 from plora_ray.training.run_state import RunState
 from plora_ray.training.scores import REMAINING_EDGES, WaveTotals
@@ -40,8 +41,9 @@ def add_up(assignment: Assignment, run: RunState, stats: PartitionStats, *, eras
             f"{len(missing)} of {len(assignment.waves)} waves are not trained (the first is {min(missing)}): run the job again"
         )
     planned = sum(wave.stop - wave.start for wave in assignment.waves)
-    if not planned - erased <= totals.users <= planned:
-        raise StoreError(f"the waves hold {totals.users} users, but {planned} were planned and {erased} erased: run the job again")
+    users = totals.users + totals.copied
+    if not planned - erased <= users <= planned:
+        raise StoreError(f"the waves hold {users} users, but {planned} were planned and {erased} erased: run the job again")
     return totals
 
 
@@ -50,6 +52,7 @@ class TrainingReport:
     """What was trained and, if there are test rows, how well it predicts them with and without the user. seconds: of the last start."""
 
     assignment: Assignment
+    plan: Plan
     stats: PartitionStats
     totals: WaveTotals
     history: History
@@ -84,7 +87,8 @@ class TrainingReport:
             "generation": self.assignment.generation,
             "verdict": self.verdict,
             "seconds": round(self.seconds, 1),
-            "users": self.totals.users,
+            "users": self.totals.users + self.totals.copied,
+            "plan": self.plan.to_json(),
             "rows": {split: self.stats.rows(split) for split in ("train", "validation", "test")},
             "bad_rows_skipped": self.stats.skipped,
             "labels": self.assignment.labels.to_json(),
@@ -150,6 +154,7 @@ class TrainingReport:
         rows = {split: self.stats.rows(split) for split in ("train", "validation", "test")}
         named = [
             ("users trained", f"{self.totals.users:,}"),
+            ("users carried over", f"{self.totals.copied:,}"),
             ("rows", ", ".join(f"{count:,} {split}" for split, count in rows.items())),
             ("bad rows skipped", ", ".join(f"{count:,} {why}" for why, count in self.stats.skipped.items()) or "none"),
             ("waves", f"{len(self.assignment.waves):,}"),

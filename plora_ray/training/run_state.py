@@ -23,6 +23,7 @@ from safetensors.torch import load, save
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.config import Settings
 from plora_ray.store.objects import ObjectStore
+from plora_ray.training.plan import PlanFiles
 
 RUNS = "runs"
 WAVES_AT_ONCE = 4  # outcomes read at the same time when the report is made; bounds memory
@@ -40,6 +41,7 @@ class WaveOutcome:
     examples: [users] training rows. row_users: [rows]. labels: [rows] encoded. population, personal: [rows, outputs]
     logits without and with the user. label_counts: [users, outputs] training labels (for a regression their sum).
     remaining: [users] share of the prior's variance that the user's rows left, NaN where the solver gives none.
+    copied: [copied users] training rows of the wave's users that came over unchanged; they are not among `users`.
     """
 
     examples: np.ndarray
@@ -49,14 +51,15 @@ class WaveOutcome:
     personal: np.ndarray
     label_counts: np.ndarray
     remaining: np.ndarray
+    copied: np.ndarray
 
 
-def run_fingerprint(settings: Settings, data_fingerprint: str, weight_hash: str) -> str:
-    """32 hex digits that change with anything that changes what training makes."""
+def run_fingerprint(settings: Settings, data_fingerprint: str, weight_hash: str, base: str | None = None) -> str:
+    """32 hex digits that change with anything that changes what training makes. base: the generation it starts from, if any."""
     shaping: dict[str, Any] = settings.model_dump(mode="json", include={"task", "model", "adapter", "training"})
     for name in _FREE_SETTINGS:
         del shaping["training"][name]
-    text = json.dumps([shaping, data_fingerprint, weight_hash], sort_keys=True)
+    text = json.dumps([shaping, data_fingerprint, weight_hash, base], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -79,12 +82,22 @@ def delete_abandoned_runs(objects: ObjectStore, *, grace_s: float, dry_run: bool
     return abandoned
 
 
+def delete_runs_of(objects: ObjectStore, generation: str) -> None:
+    """Delete the folder of the run that made `generation`, if it ended before it could do so itself."""
+    for name in objects.folders(RUNS):
+        path = f"{RUNS}/{name}/run.json"
+        data = objects.read_many([path]).get(path)
+        if data is not None and json.loads(data)["generation"] == generation:
+            RunState(objects, name).delete()
+
+
 class RunState:
-    """The run's folder. Every object in it is written whole."""
+    """The run's folder. Every object in it is written whole. plan: where its plan lies."""
 
     def __init__(self, objects: ObjectStore, fingerprint: str) -> None:
         self._objects = objects
         self.folder = f"{RUNS}/{fingerprint}"
+        self.plan = PlanFiles(objects, self.folder)
 
     def begin(self) -> tuple[str, bool]:
         """(generation id this run makes, whether the run was begun before). The id is fixed by whoever comes first."""

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from plora_ray.adapters.model import Task
-from plora_ray.store.writer import GenerationWriter
 from plora_ray.training.fitters import WaveFitter
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.run_state import RunState, WaveOutcome
+from plora_ray.training.wave_users import SegmentUsers, WaveUsers
 from plora_ray.training.waves import Wave
 
 ErasedKeys = Callable[[], Set[bytes]]
@@ -33,7 +33,7 @@ class WaveDone:
 
 @dataclass
 class UserStage:
-    """One rank's part: fits the waves of its partitions that `finished` doesn't name and writes each as a segment.
+    """One rank's part: fits the waves of its partitions that `finished` doesn't name; `waves` writes each as a segment.
 
     erased_keys: asks the store for the keys of all users erased so far.
     """
@@ -42,7 +42,7 @@ class UserStage:
     passes: FrozenPasses
     rows: RankRows
     task: Task
-    writer: GenerationWriter
+    waves: WaveUsers
     run: RunState
     on_wave: Callable[[WaveDone], None]
     erased_keys: ErasedKeys
@@ -54,7 +54,8 @@ class UserStage:
             self._fit(wave)
 
     def _fit(self, wave: Wave | None) -> None:
-        self.rows.mark_erased(self.erased_keys())  # a job runs for hours; whoever left meanwhile is left out from here on
+        erased = self.erased_keys()
+        self.rows.mark_erased(erased)  # a job runs for hours; whoever left meanwhile is left out from here on
         users = self._users(wave)
         train, held_out = self.rows.of_split("train", users), self.rows.of_split("test", users)
         fitted = self.fitter.fit(users, train)
@@ -64,6 +65,7 @@ class UserStage:
         personal = self.passes.user_logits(held_out, fitted.vectors, torch.from_numpy(tested))
         if wave is None:
             return
+        copied = self.waves.unchanged(wave, erased)
         examples = np.bincount(local, minlength=len(users)).astype(np.int32)
         outcome = WaveOutcome(
             examples=examples,
@@ -73,17 +75,16 @@ class UserStage:
             personal=personal.numpy(),
             label_counts=self._label_counts(train, local, len(users)),
             remaining=fitted.remaining.numpy(),
+            copied=copied.examples,
         )
         self.run.save_wave(wave.index, outcome)  # before the segment: a wave with a segment is finished for good
-        if len(users):
-            self.writer.write_segment(wave.index, self.rows.keys[users], fitted.vectors.numpy(), examples)
-        self.on_wave(WaveDone(wave.index, len(users), len(train)))
+        self.waves.write(wave, SegmentUsers(self.rows.keys[users], fitted.vectors.numpy(), examples), copied)
+        self.on_wave(WaveDone(wave.index, len(users) + len(copied.keys), len(train)))
 
     def _users(self, wave: Wave | None) -> np.ndarray:
         if wave is None:
             return np.empty(0, np.int64)
-        users = self.rows.trainable_users(wave.partition)[wave.start : wave.stop]
-        return users[~self.rows.erased[users]]
+        return self.rows.find(wave.partition, self.waves.to_fit(wave))
 
     def _label_counts(self, train: np.ndarray, local: np.ndarray, users: int) -> np.ndarray:
         """How often each user gave each class (or, for a regression, the sum of the labels): [users, outputs]."""

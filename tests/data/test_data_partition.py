@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from plora_ray.data import PartitionStats, SourceSettings, collate, label_space, partition_rows, read_partition
-from plora_ray.data.partition import PartitionProgress
+from plora_ray.data.partition import PartitionProgress, PartitionTable
+from plora_ray.data.trained_users import read_trained_users
 from plora_ray.errors import DataError
 from plora_ray.identity import partition_of, user_key
 
@@ -197,6 +198,26 @@ def test_regression_keeps_numbers_and_synthetic_users_reach_their_partitions(
         2,
         480,
     )
+
+
+def test_the_rows_of_some_users_are_those_of_the_partition_and_no_others(
+    partition: Partitioner, tmp_path: Path, ratings: pd.DataFrame
+) -> None:
+    ratings.to_csv(tmp_path / "a.csv", index=False)
+    partition(tmp_path / "a.csv", "out", partitions=1)
+    whole = read_partition(str(tmp_path / "out"), 0)
+    chosen = np.arange(whole.users) % 3 == 1
+    part = whole.of_users(chosen)
+
+    def rows(table: PartitionTable) -> list[tuple[bytes, list[int], str, int]]:
+        spans = zip(table.row_offsets, table.row_offsets[1:], strict=False)
+        tokens = [table.tokens[start:stop].tolist() for start, stop in spans]
+        keys = [table.keys[user].tobytes() for user in table.user_of_row]
+        return list(zip(keys, tokens, table.labels.tolist(), table.split.tolist(), strict=True))
+
+    kept = {key.tobytes() for key in whole.keys[chosen]}
+    assert rows(part) == [row for row in rows(whole) if row[0] in kept] and part.users == len(kept)
+    assert read_trained_users(str(tmp_path / "out"), 0).rows.sum() == (ratings.split == "train").sum()
 
 
 def test_the_label_space_is_what_training_has_seen() -> None:

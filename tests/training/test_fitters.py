@@ -69,7 +69,7 @@ def fit(fitter: NewtonFitter | AdamFitter, rows: RankRows, users: np.ndarray) ->
 def test_newton_in_blocks_of_bounded_memory_finds_what_it_finds_at_once(
     rows: RankRows, passes: FrozenPasses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    newton, users = NewtonFitter(passes, rows, PRIOR, "classification"), rows.trainable_users(0)
+    newton, users = NewtonFitter(passes, rows, PRIOR, "classification"), np.unique(rows.row_users[rows.of_split("train")])
     whole = fit(newton, rows, users)
     monkeypatch.setattr(fitters, "NEWTON_BLOCK_BYTES", 4000)
     assert 3 < len(newton._blocks(users, rows.of_split("train", users))) <= len(users)
@@ -80,7 +80,7 @@ def test_newton_in_blocks_of_bounded_memory_finds_what_it_finds_at_once(
 
 
 def test_adam_moves_users_towards_what_newton_finds_and_each_as_alone(rows: RankRows, passes: FrozenPasses) -> None:
-    users = rows.trainable_users(0)[:5]
+    users = np.unique(rows.row_users[rows.of_split("train")])[:5]
     steps = AdamSteps(epochs=25, learning_rate=0.1, patience=100)
     adam = AdamFitter(passes, rows, PRIOR.mean, PRIOR.precision, steps, "classification")
     newton = fit(NewtonFitter(passes, rows, PRIOR, "classification"), rows, users).vectors - PRIOR.mean.float()

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,17 @@ def write(tree: Tree, folder: Path) -> Path:
     return path
 
 
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(config: Path, *overrides: str, flags: Sequence[str] = ()) -> subprocess.Popen[str]:
     """The command in a process group of its own."""
     sets = [part for override in overrides for part in ("--set", override)]
     return subprocess.Popen(
-        [sys.executable, "-m", "plora_ray.train_all", "--config", str(config), *sets],
+        [sys.executable, "-m", "plora_ray.train_all", "--config", str(config), *flags, *sets],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
-def run(config: Path, *overrides: str) -> tuple[int, str, str]:
-    process = start(config, *overrides)
+def run(config: Path, *overrides: str, flags: Sequence[str] = ()) -> tuple[int, str, str]:
+    process = start(config, *overrides, flags=flags)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -69,7 +70,7 @@ def test_the_job_publishes_an_adapter_for_every_user_and_its_last_line_says_so(t
     tiny_tree["training"]["tensorboard_dir"] = str(tmp_path / "board")
     config = write(tiny_tree, tmp_path)
     result = train(config)
-    assert set(result) == {"generation", "users", "examples", "store", "report", "report_html", "seconds"}
+    assert set(result) == {"generation", "users", "examples", "store", "report", "report_html", "seconds", "active"}
     store = AdapterStore.open(tiny_tree["store"]["uri"])
     reader = store.open_generation()
     assert reader.generation == result["generation"] and result["users"] == reader.users == 60

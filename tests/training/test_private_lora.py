@@ -45,9 +45,7 @@ def test_a_job_of_private_matrices_is_published_served_fitted_further_and_gains(
     assert fit.loss_after < fit.loss_before
 
 
-def test_sharded_and_replicated_training_give_the_same_matrices(
-    lora_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sharded_and_replicated_training_give_the_same_matrices(lora_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLORA_STORE_KEY", "one key, so that both stores know users by the same hash")
     lora_tree["data"]["source"] = "synthetic://?users=21&texts=8&pool=60"  # ranks with unequal users, rows and epochs
     lora_tree["training"] |= {"users_per_wave": 4, "partitions": 3, "adam": {"epochs": 3, "rows_per_step": 4, "patience": 1}}

@@ -11,14 +11,19 @@ import pytest
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.config import parse_settings
 from plora_ray.data.stats import PartitionCounts, PartitionStats
+from plora_ray.data.trained_users import TrainedUsers
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
+from plora_ray.training.memory import ModelSize
+from plora_ray.training.plan import PartitionPlan, Plan, PlanBuilder
+from plora_ray.training.prepare import Prepared
+from plora_ray.training.progress import ProgressLine
 from plora_ray.training.publish import publish
 from plora_ray.training.rank import Assignment
 from plora_ray.training.report import TrainingReport, add_up
 from plora_ray.training.run_state import RunState, WaveOutcome
 from plora_ray.training.telemetry.history import History
-from plora_ray.training.waves import plan_waves
+from plora_ray.training.waves import WaveLimits
 
 USERS, PER_WAVE, DIM = 6, 2, 8
 LABELS = LabelSpace("classification", ("no", "yes"))
@@ -27,8 +32,16 @@ LABELS = LabelSpace("classification", ("no", "yes"))
 def outcome(users: int) -> WaveOutcome:
     nothing = np.zeros((0, 2), np.float32)
     return WaveOutcome(
-        np.full(users, 3, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64), nothing, nothing, np.ones((users, 2), np.float32)
-    )
+        examples=np.full(users, 3, np.int32), row_users=np.zeros(0, np.int64), labels=np.zeros(0, np.int64), population=nothing,
+        personal=nothing, label_counts=np.ones((users, 2), np.float32), remaining=np.full(users, np.nan, np.float32),
+        copied=np.zeros(0, np.int32),
+    )  # fmt: skip
+
+
+def plan_of(keys: np.ndarray) -> Plan:
+    builder = PlanBuilder(WaveLimits(PER_WAVE, 2**30, lambda users, rows, copied: 1))
+    builder.add(0, PartitionPlan.fit_all(TrainedUsers(keys, np.ones((len(keys), 16), np.uint8), np.full(len(keys), 3, np.int32))))
+    return builder.build()
 
 
 @pytest.mark.parametrize(
@@ -47,8 +60,9 @@ def test_a_generation_with_a_missing_wave_or_fewer_users_than_planned_is_not_pub
     store = AdapterStore(str(tmp_path / "store"))
     run = RunState(store.objects, "0" * 32)
     generation, _ = run.begin()
-    waves = plan_waves({0: USERS}, PER_WAVE)
     keys = np.frombuffer(b"".join(sorted(store.key(f"u{number}") for number in range(USERS))), np.uint8).reshape(-1, 16)
+    plan = plan_of(keys)
+    waves = plan.waves
     writer = store.begin(generation)
     writer.write_shared({"B": np.ones((2, 2), np.float32)}, {})
     for wave in waves:
@@ -64,8 +78,10 @@ def test_a_generation_with_a_missing_wave_or_fewer_users_than_planned_is_not_pub
     assignment = Assignment(parse_settings(tiny_tree), "0" * 32, generation, LABELS, "unused", waves)
 
     def end_of_the_run() -> int:
-        report = TrainingReport(assignment, stats, add_up(assignment, run, stats, erased=0), History(store.objects, run.folder), 1.0)
-        return publish(store, run, assignment, report, "weights", seconds=1.0).users
+        totals = add_up(assignment, run, stats, erased=0)
+        report = TrainingReport(assignment, plan, stats, totals, History(store.objects, run.folder), 1.0)
+        prepared = Prepared(store, run, assignment, stats, "weights", ModelSize(DIM, 0), plan, None)
+        return publish(prepared, report, ProgressLine(), seconds=1.0).users
 
     if message is None:
         assert end_of_the_run() == store.open_generation().users == USERS
