@@ -105,7 +105,7 @@ def test_a_table_hands_out_users_rows_and_tokens_and_files_hold_no_id_and_no_tex
         ]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "_done.json",
-        *(f"partition-{p:05d}.parquet" for p in range(PARTITIONS)),
+        *(f"partition-{p:05d}.{kind}" for p in range(PARTITIONS) for kind in ("parquet", "users.safetensors")),
     ]
     raw = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*"))
     plain = json.dumps(contents(tmp_path / "out"), default=str)
@@ -149,7 +149,7 @@ def test_a_half_written_partitioning_is_made_again_and_a_finished_one_is_recogni
     (tmp_path / "out/fragments-dead").mkdir()
     (tmp_path / "out/fragments-dead/unit-000000-00000.arrow").write_bytes(b"half")
     assert partition(tmp_path / "a.parquet", "out") == first and contents(tmp_path / "out") == whole
-    assert len(list((tmp_path / "out").iterdir())) == PARTITIONS + 1
+    assert len(list((tmp_path / "out").iterdir())) == 2 * PARTITIONS + 1
     changed_at = (tmp_path / "out/partition-00001.parquet").stat().st_mtime_ns
     assert partition(tmp_path / "a.parquet", "out") == first
     assert (tmp_path / "out/partition-00001.parquet").stat().st_mtime_ns == changed_at
