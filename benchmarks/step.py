@@ -80,7 +80,7 @@ def step_tokens_vs_peft_lora(rounds: int) -> Figure:
         users = torch.randint(0, USERS, (ROWS,), generator=generator)
         return ids, torch.ones_like(ids), users, torch.randint(0, OUTPUTS, (ROWS,), generator=generator)
 
-    batches = [batch() for _ in range(4)]
+    batches = [batch() for _ in range(2)]
     with one_rank():
         ours, theirs = PersonalStep(), PeftLora(MODEL, outputs=OUTPUTS, rank=RANK, alpha=2.0 * RANK)
         return speed_ratio(
@@ -97,7 +97,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Measure and print."""
-    step_tokens_vs_peft_lora(rounds=12 if quick else 60).emit(as_json)
+    step_tokens_vs_peft_lora(rounds=10 if quick else 60).emit(as_json)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class PLoRALinear(nn.Module):
             if self.context.record_effects:
                 self.context.effects[self.name] = F.linear(user, self.B) * self.scaling
             low = low + _rowwise(user, low, self.context)
-        return self.base(x) + (F.linear(low, self.B) * self.scaling).to(x.dtype)
+        return self.base(x) + F.linear(low * self.scaling, self.B).to(x.dtype)  # scaled where it is narrow
 
     def serving_form(self) -> FoldedLinear:
         """The same layer with everything shared folded into one weight."""
