@@ -29,8 +29,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Runs the benchmarks and writes their figures into docs/benchmarks.md.
 bench: install
-	$(BIN)/python -m benchmarks.serve --quick --json
+	$(BIN)/python -m benchmarks.tables --quick
 
 # Resolve anew; torch keeps its pin, because an open range may pull accelerator packages that nobody asked for.
 lock: install

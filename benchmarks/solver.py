@@ -28,7 +28,7 @@ from plora_ray.evaluation.metrics import log_softmax, paired, row_nll
 from plora_ray.training.rank_rows import RankRows
 
 MOST_EXAMPLES = 16
-ADAM_EPOCHS = (1, 3, 6, 12)
+ADAM_EPOCHS = (1, 3, 6)
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,15 @@ def main(
     seeds: Annotated[int, typer.Option(help="Population stages to repeat all with.")] = 1,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 64,
     epochs: Annotated[int, typer.Option(help="Passes of the population stage.")] = 2,
+    known_users: Annotated[int, typer.Option(help="Users of cohort a who train the population.")] = 400,
 ) -> None:
     """Fit, score, print a line a method, number of examples and seed."""
     cohorts = read_users(data, max_length)
-    known = cohorts["a"][: 150 if quick else None]
+    known = cohorts["a"][: 150 if quick else known_users]
     new = [user for user in cohorts["b"] if len(user.of_split("train")) >= MOST_EXAMPLES and user.of_split("test")]
     for seed in range(seeds):
         population = train_population(known, epochs=1 if quick else epochs, seed=seed)
-        for count in (4, 16) if quick else (1, 2, 4, 8, 16):
+        for count in (4, 16) if quick else (1, 4, 16):
             for line in compare(population, new[: 40 if quick else None], count):
                 values = {"data": data.stem, "seed": seed, "examples": count, **line}
                 print(json.dumps(values) if as_json else "  ".join(f"{name}={value}" for name, value in values.items()), flush=True)
