@@ -103,6 +103,7 @@ class TrainingSettings(_Section):
     the job rides out passing failures of the storage, each time. sharding: zero3 shards the frozen PLM
     over the ranks, replicated keeps a copy on each, auto shards when a copy would take over half of a device's memory.
     user_solver: what fits users once everything shared is frozen; auto takes newton for kind plora, adam for kind lora.
+    population_fraction: share of the training rows that an epoch of the population stage meets, drawn anew each epoch.
     user_dropout: rho. batch_rows / batch_tokens bound a batch. A wave is the unit of resume: at most
     users_per_wave users (auto: 5000), and no more than fit into wave_memory_mb.
     only_users_with_new_data: keep the current generation's shared parameters and refit only users whose rows are new or changed.
@@ -124,6 +125,7 @@ class TrainingSettings(_Section):
     activation_cache_mb: int = Field(512, ge=0)
     activation_disk_mb: int = Field(4096, ge=0)
     epochs: int = Field(3, ge=1)
+    population_fraction: float = Field(1.0, gt=0, le=1)
     learning_rate: float = Field(1e-3, gt=0)
     user_learning_rate: float = Field(1e-2, gt=0)
     user_weight_decay: float = Field(0.0, ge=0)

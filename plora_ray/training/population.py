@@ -90,8 +90,8 @@ class PopulationStage:
             self.on_epoch()
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
-        rows = self.rows.of_split("train")
         seed = (self.settings.seed * 1009 + epoch) * 65537 + self.rank
+        rows = draw_share(self.rows.of_split("train"), self.settings.population_fraction, seed)
         groups = token_budget_batches(
             self.rows.lengths[rows], max_tokens=self.settings.batch_tokens, max_rows=self.settings.batch_rows, shuffle_seed=seed
         )
@@ -147,3 +147,9 @@ class PopulationStage:
         if self.table is not None and vectors is not None and len(rows) and vectors.grad is not None:
             self.table.step(batch.users, vectors.grad)
         return loss
+
+
+def draw_share(rows: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """That part of `rows`, at random, and at least one row if there are any."""
+    count = max(min(1, len(rows)), round(fraction * len(rows)))
+    return rows if count == len(rows) else np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
