@@ -153,7 +153,7 @@ def assert_whole(config: Path, result: dict[str, Any]) -> None:
     assert result["users"] == manifest.users == sum(segment.users for segment in manifest.segments) == len(users)
     assert result["generation"] == store.current() == manifest.generation
     assert result["examples"] == manifest.examples == train_rows_of(config)
-    assert not store.objects.list("runs")
+    assert [info.path for info in store.objects.list("runs")] == []
 
 
 def users_of(config: Path) -> set[str]:
