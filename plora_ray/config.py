@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -19,6 +18,7 @@ from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.model import AdapterSpec
 from plora_ray.adapters.objective import MutualInformation
 from plora_ray.adapters.solver import Solver, UserFit
+from plora_ray.data.locations import holds_credentials
 from plora_ray.data.sources import SourceSettings
 from plora_ray.errors import ConfigError
 
@@ -88,7 +88,7 @@ class MlflowSettings(_Section):
 
     @model_validator(mode="after")
     def _no_password(self) -> MlflowSettings:
-        if urlsplit(self.tracking_uri).username is not None:
+        if holds_credentials(self.tracking_uri):
             raise ValueError(
                 "tracking_uri holds a user name or password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
@@ -204,6 +204,12 @@ class StoreSettings(_Section):
     endpoint_url: str | None = None
     region: str | None = None
 
+    @model_validator(mode="after")
+    def _no_password(self) -> StoreSettings:
+        if self.endpoint_url is not None and holds_credentials(self.endpoint_url):
+            raise ValueError("endpoint_url holds a user name or password: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
+        return self
+
     def storage_options(self) -> dict[str, Any]:
         """What fsspec's file system is opened with; S3 credentials come from the environment."""
         if not self.uri.startswith("s3://"):
@@ -306,6 +312,16 @@ class Settings(_Section):
         if self.training.user_solver != "auto":
             return self.training.user_solver
         return "adam" if self.adapter.kind == "lora" else "newton"
+
+    def published(self) -> dict[str, Any]:
+        """What reports and trackers show of the tree, as plain values: what shaped the result, and nothing that may hold a credential."""
+        values = self.model_dump(mode="json", exclude={"serving": True, "data": {"storage_options"}, "training": {"mlflow"}})
+        values["data"]["source"] = self.data.shown
+        return values
+
+    def for_ranks(self) -> dict[str, Any]:
+        """What training's ranks get, as plain values. They read partitions, never the source, whose address may hold a credential."""
+        return self.model_dump(mode="json", exclude={"data": True, "training": {"mlflow"}})
 
     def user_fit(self) -> UserFit:
         """How users are fitted, here and in few-shot fits of the generation."""

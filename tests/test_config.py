@@ -75,6 +75,30 @@ def test_s3_settings_hold_no_secret() -> None:
         parse_settings({"store": {"secret": "x"}})
 
 
+@pytest.mark.parametrize(
+    ("tree", "where"),
+    [
+        ({"data": {"source": "https://me:hunter2@host/x.csv"}}, "data.storage_options"),
+        ({"data": {"source": "simplecache::https://hunter2@host/x.csv"}}, "data.storage_options"),
+        ({"store": {"uri": "s3://b/p", "endpoint_url": "http://key:hunter2@host:9000"}}, "AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_an_address_with_a_password_is_refused_in_one_line_that_names_its_place_and_does_not_repeat_it(
+    tree: dict[str, object], where: str
+) -> None:
+    with pytest.raises(ConfigError, match=where) as error:
+        parse_settings(tree)
+    assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_signed_source_is_published_without_its_signature_and_ranks_get_nothing_of_the_source() -> None:
+    url = "https://host/x.csv?X-Amz-Signature=hunter2"
+    settings = parse_settings({"data": {"source": url, "storage_options": {"secret": "hunter2"}}})
+    assert settings.data.source == url and settings.published()["data"]["source"] == "https://host/x.csv"
+    assert "hunter2" not in str(settings.published()) + str(settings.for_ranks())
+    assert parse_settings(settings.for_ranks()).training == settings.training
+
+
 def test_a_kind_has_its_solver_and_its_learning_rate_unless_they_are_set() -> None:
     plora, lora = parse_settings({}), parse_settings({"adapter": {"kind": "lora"}})
     assert (plora.user_solver, lora.user_solver) == ("newton", "adam")

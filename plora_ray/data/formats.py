@@ -16,6 +16,7 @@ from typing import IO, Literal
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from plora_ray.data.locations import shown_location
 from plora_ray.errors import DataError
 
 FileFormat = Literal["parquet", "csv", "jsonl"]
@@ -43,7 +44,9 @@ def format_of(path: str) -> FileFormat:
     """The format that the extension names. Raises DataError for any other."""
     found = _known_format(path)
     if found is None:
-        raise DataError(f"{path}: unknown extension; use {', '.join(EXTENSIONS)} (text formats also with {', '.join(COMPRESSIONS)})")
+        raise DataError(
+            f"{shown_location(path)}: unknown extension; use {', '.join(EXTENSIONS)} (text formats also with {', '.join(COMPRESSIONS)})"
+        )
     return found
 
 

@@ -86,7 +86,7 @@ def partition_rows(
         _remove_fragments(objects)
     stats = PartitionStats(digest=digest, partitions=counts, label_counts=shuffled.label_counts, skipped=shuffled.skipped)
     if stats.rows("train") == 0:
-        raise DataError(f"no row of {settings.source} is in the train split: check columns.split and the fractions")
+        raise DataError(f"no row of {settings.shown} is in the train split: check columns.split and the fractions")
     write_done(objects, stats)
     return stats
 
@@ -121,7 +121,7 @@ def _shuffle(job: PartitionJob, units: list[ReadUnit], report: Callable[[Partiti
         if len(bad) >= BAD_ROWS_SHOWN:
             break
         if result.has_split is not None:
-            with_split.setdefault(result.has_split, units[result.unit].file)
+            with_split.setdefault(result.has_split, units[result.unit].shown)
         report(PartitionProgress("read", done, len(units), rows))
     if bad:
         raise DataError(_describe_bad_rows(bad))
@@ -129,7 +129,7 @@ def _shuffle(job: PartitionJob, units: list[ReadUnit], report: Callable[[Partiti
         raise DataError(f"{with_split[True]} has a split column, {with_split[False]} has none: give it in all or set columns.split: null")
     if rows == 0:
         left_out = "".join(f"; {count} rows: {reason}" for reason, count in skipped.most_common(3))
-        raise DataError(f"no usable row in {job.settings.source}: check data.source and data.filter{left_out}")
+        raise DataError(f"no usable row in {job.settings.shown}: check data.source and data.filter{left_out}")
     return _Shuffled(fragments, {split: dict(sorted(counts.items())) for split, counts in labels.items()}, dict(sorted(skipped.items())))
 
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from plora_ray.data.formats import COMPRESSIONS, EXTENSIONS, Records, csv_records, format_of, is_data_file, json_records, parquet_records
 from plora_ray.data.huggingface import HuggingFaceName, hugging_face_records, hugging_face_splits, hugging_face_version
+from plora_ray.data.locations import holds_credentials, shown_location
 from plora_ray.data.rows import SPLIT_ALIASES, BadRow, RawRows, RowProblem, class_label
 from plora_ray.data.synthetic import SyntheticParams, rows_of_user
 from plora_ray.errors import DataError
@@ -81,10 +82,24 @@ class SourceSettings(BaseModel):
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     @model_validator(mode="after")
+    def _no_password(self) -> SourceSettings:
+        if holds_credentials(self.source):
+            raise ValueError(
+                "source holds a user name or password: put them into data.storage_options (username, password, client_kwargs, ... "
+                "as the file system names them) or into the environment"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _leave_rows_to_train_on(self) -> SourceSettings:
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must be below 1: nothing would be left to train on")
         return self
+
+    @property
+    def shown(self) -> str:
+        """The source as people may see it."""
+        return shown_location(self.source)
 
 
 class ReadUnit(BaseModel):
@@ -93,7 +108,7 @@ class ReadUnit(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     kind: Literal["parquet", "csv", "jsonl", "hf", "synthetic"]
-    file: str  # as shown to people: a path, or the URL of what isn't a file
+    file: str  # a path, or the URL of what isn't a file
     part: int = 0  # row group or shard
     first: int = 0
     count: int = 0  # synthetic users
@@ -102,6 +117,11 @@ class ReadUnit(BaseModel):
     names_split: bool = False  # whether that split is also the rows' split
     size_bytes: int = 0  # of the file; of a row group without compression
     version: str = ""  # changes when the content does
+
+    @property
+    def shown(self) -> str:
+        """The file as people may see it."""
+        return shown_location(self.file)
 
 
 def list_units(settings: SourceSettings) -> list[ReadUnit]:
@@ -134,13 +154,13 @@ def read_unit(unit: ReadUnit, settings: SourceSettings) -> Iterator[RawRows]:
         for records in _records(unit, settings):
             if records.available:  # JSON lines without a single object have no columns to speak of
                 if mapping is None:
-                    mapping = settings.columns.resolve(records.available, unit.file)
-                    _require_filter_columns(settings, records, unit.file)
-                _refuse_late_columns(settings.columns, mapping, records, unit.file)
+                    mapping = settings.columns.resolve(records.available, unit.shown)
+                    _require_filter_columns(settings, records, unit.shown)
+                _refuse_late_columns(settings.columns, mapping, records, unit.shown)
             yield _mapped(records, mapping or settings.columns, settings, unit)
     except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowException) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{unit.file} can't be read: {reason}") from error
+        reason = shown_location(next(iter(str(error).splitlines()), type(error).__name__))
+        raise DataError(f"{unit.shown} can't be read: {reason}") from error
 
 
 def suggest_partitions(units: list[ReadUnit]) -> int:
@@ -175,15 +195,16 @@ def _list_files(settings: SourceSettings) -> tuple[list[str], fsspec.AbstractFil
             found = sorted(str(file) for file in fs.find(path))
             files = [file for file in found if is_data_file(file[len(path) :])]
             if not files:
-                raise DataError(f"the directory {settings.source} holds no data file ({', '.join(EXTENSIONS)})")
+                raise DataError(f"the directory {settings.shown} holds no data file ({', '.join(EXTENSIONS)})")
             return files, fs
         if not any(char in path for char in "*?["):
-            raise DataError(f"{settings.source} doesn't exist: set data.source to a file, directory, glob or URL")
+            raise DataError(f"{settings.shown} doesn't exist: set data.source to a file, directory, glob or URL")
         files = sorted(str(file) for file in fs.glob(path) if fs.isfile(file))
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"data.source {settings.source!r} can't be listed: {next(iter(str(error).splitlines()), error)}") from error
+        reason = shown_location(next(iter(str(error).splitlines()), type(error).__name__))
+        raise DataError(f"data.source {settings.shown!r} can't be listed: {reason}") from error
     if not files:
-        raise DataError(f"the glob {settings.source} matches no file")
+        raise DataError(f"the glob {settings.shown} matches no file")
     for file in files:
         format_of(file)
     return files, fs
@@ -201,8 +222,9 @@ def _units_of_file(fs: fsspec.AbstractFileSystem, path: str, settings: SourceSet
         with fs.open(path, "rb") as stream:
             metadata = pq.read_metadata(stream)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file} is not a readable parquet file: {next(iter(str(error).splitlines()), error)}") from error
-    settings.columns.resolve(tuple(metadata.schema.to_arrow_schema().names), file)
+        reason = shown_location(next(iter(str(error).splitlines()), type(error).__name__))
+        raise DataError(f"{whole.shown} is not a readable parquet file: {reason}") from error
+    settings.columns.resolve(tuple(metadata.schema.to_arrow_schema().names), whole.shown)
     units, first = [], 1
     for group in range(metadata.num_row_groups):
         rows, size = metadata.row_group(group).num_rows, metadata.row_group(group).total_byte_size
@@ -294,9 +316,9 @@ def _mapped(records: Records, mapping: ColumnMapping, settings: SourceSettings, 
     splits = column_of(mapping.split)
     if splits is None and unit.names_split:
         splits = [unit.split] * len(kept)
-    malformed = [BadRow(unit.file, number, reason) for number, reason in records.malformed]
+    malformed = [BadRow(unit.shown, number, reason) for number, reason in records.malformed]
     numbers = [records.numbers[index] for index in kept]
-    return RawRows(unit.file, numbers, user_ids, texts, labels, splits, column_of(mapping.timestamp), malformed)
+    return RawRows(unit.shown, numbers, user_ids, texts, labels, splits, column_of(mapping.timestamp), malformed)
 
 
 def _comparable(value: object) -> str | None:

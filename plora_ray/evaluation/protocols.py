@@ -135,7 +135,7 @@ class _Run:
             model=self.loaded.model.spec.model,
             labels=self.loaded.labels,
             data={
-                "source": data.source,
+                "source": data.shown,
                 "filter": dict(data.filter),
                 "test_rows": len(rows.labels),
                 "different_test_texts": len(rows.texts),

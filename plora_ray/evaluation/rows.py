@@ -81,7 +81,7 @@ def read_rows(
     if bad and settings.on_bad_row == "stop":
         raise DataError(_describe(bad))
     if len(with_split) == 2:
-        raise DataError(f"some files of {settings.source} have a split column, others don't: give it in all or set columns.split: null")
+        raise DataError(f"some files of {settings.shown} have a split column, others don't: give it in all or set columns.split: null")
     return collector.finish(labels, bad_rows=len(bad))
 
 

@@ -118,7 +118,7 @@ def _trainer(prepared: Prepared, board: Any, workers: int | tuple[int, int], use
     return TorchTrainer(
         _train_loop,
         train_loop_config={
-            "settings": settings.model_dump(mode="json", exclude={"training": {"mlflow"}}),
+            "settings": settings.for_ranks(),
             "fingerprint": prepared.assignment.fingerprint,
             "generation": prepared.assignment.generation,
             "labels": prepared.assignment.labels.to_json(),

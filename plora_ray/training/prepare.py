@@ -70,7 +70,7 @@ def prepare(settings: Settings, line: ProgressLine, *, dry_run: bool = False) ->
     run = RunState(store.objects, run_fingerprint(settings, fingerprint(settings.data, units), weights, based_on))
     generation, resumed = run.begin()
     line.say(f"generation {generation} ({'resuming' if resumed else 'new'}) in {store.uri}")
-    line.say(f"partitioning {settings.data.source} by user ...")
+    line.say(f"partitioning {settings.data.shown} by user ...")
     uri = store.objects.uri_of(f"{run.folder}/partitions")
     stats = partition_rows(
         settings.data, settings.task, uri, training.partition_count, store.hash_secret, resolve_model(settings.model.name),

@@ -23,8 +23,6 @@ from plora_ray.training.scores import REMAINING_EDGES, WaveTotals
 from plora_ray.training.telemetry.history import History
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
-# Never published: what may hold credentials, and how answers are served.
-_PRIVATE_SETTINGS: Any = {"serving": True, "data": {"storage_options"}, "training": {"mlflow"}}
 
 
 def add_up(assignment: Assignment, run: RunState, stats: PartitionStats, *, erased: int) -> WaveTotals:
@@ -92,7 +90,7 @@ class TrainingReport:
             "rows": {split: self.stats.rows(split) for split in ("train", "validation", "test")},
             "bad_rows_skipped": self.stats.skipped,
             "labels": self.assignment.labels.to_json(),
-            "settings": self.assignment.settings.model_dump(mode="json", exclude=_PRIVATE_SETTINGS),
+            "settings": self.assignment.settings.published(),
             "training": {"seconds": self.history.seconds, "restarts": self.history.restarts, **self.history.to_json()},
         }
         if self.comparison is not None:
@@ -121,7 +119,7 @@ class TrainingReport:
             *([f"{max(held) / 2**20:,.1f} MiB of parameters a rank"] if held else []),
         ]
         return (
-            f"<p>Model {escape(settings.model.name)}, {escape(settings.task)}, data {escape(settings.data.source)}.<br>"
+            f"<p>Model {escape(settings.model.name)}, {escape(settings.task)}, data {escape(settings.data.shown)}.<br>"
             f"<strong>{escape(' · '.join(told))}</strong></p>"
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from plora_ray.data.locations import holds_credentials, shown_location
 from plora_ray.data.rows import BadRow, RowRules
 from plora_ray.data.sources import ColumnMapping, ReadUnit, SourceSettings, fingerprint, list_units, read_unit, suggest_partitions
 from plora_ray.errors import DataError
@@ -195,3 +196,34 @@ def test_partitions_grow_with_the_rows_and_no_partition_gets_more_than_a_task_ho
     assert suggest_partitions([plain]) == 256
     assert suggest_partitions([plain.model_copy(update={"file": "a.csv.gz", "size_bytes": 2**28})]) > 256
     assert suggest_partitions([ReadUnit(kind="hf", file="hf://x#0")] * 100) == 200
+
+
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("https://host/x.csv?X-Amz-Signature=secret", "https://host/x.csv"),
+        ("filecache::HTTP://host/x.csv?sig=secret#here", "filecache::HTTP://host/x.csv"),
+        ("403, message='Forbidden', url='https://host/x.csv?sig=secret'", "403, message='Forbidden', url='https://host/x.csv"),
+        ("s3://bucket/part-?.parquet", "s3://bucket/part-?.parquet"),
+        ("data/part-?.csv", "data/part-?.csv"),
+        ("synthetic://?users=10", "synthetic://?users=10"),
+    ],
+)
+def test_only_the_query_of_a_web_address_is_hidden(location: str, shown: str) -> None:
+    assert shown_location(location) == shown
+
+
+def test_an_at_sign_is_a_credential_only_before_a_host() -> None:
+    assert all(map(holds_credentials, ("https://me:secret@host/x.csv", "sftp://me@host/x.csv", "zip://x.csv::https://token@host/x.zip")))
+    harmless = ("https://host/me@home.csv", "data/me@home.csv", "abfs://box@account/x.csv", "hf://org/name@main", "s3://bucket/a@b")
+    assert not any(map(holds_credentials, harmless))
+
+
+def test_a_signed_address_that_cannot_be_read_is_an_error_without_its_signature() -> None:
+    for source in ("http://127.0.0.1:9/x.csv?signature=hunter2", "http://127.0.0.1:9/x?signature=hunter2&name=x.csv"):
+        with pytest.raises(DataError) as error:
+            list(read_unit(ReadUnit(kind="csv", file=source, first=1), settings_for(source)))
+        assert "http://127.0.0.1:9/x" in str(error.value) and "hunter2" not in str(error.value)
+        with pytest.raises(DataError) as error:
+            list_units(settings_for(source))
+        assert "hunter2" not in str(error.value)

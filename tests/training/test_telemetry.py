@@ -185,10 +185,11 @@ def test_a_tracking_uri_with_a_password_is_refused_without_repeating_it() -> Non
 
 def test_what_may_hold_credentials_is_not_logged_as_a_parameter() -> None:
     tree = {
-        "data": {"source": "s3://bucket/rows.parquet", "storage_options": {"secret": "hunter2"}},
+        "data": {"source": "https://host/rows.parquet?signature=hunter2", "storage_options": {"secret": "hunter2"}},
         "training": {"mlflow": {"tracking_uri": "http://tracking"}},
     }
     logged = logged_parameters(parse_settings(tree))
+    assert logged["data.source"] == "https://host/rows.parquet"
     assert logged["training.epochs"] == "3" and not [name for name, value in logged.items() if "hunter2" in value or "mlflow" in name]
 
 

@@ -107,7 +107,7 @@ class MlflowSink:
 
 def logged_parameters(settings: Settings) -> dict[str, str]:
     """The settings that shape training, by dotted key; none that may hold a credential."""
-    values = settings.model_dump(mode="json", exclude={"serving": True, "data": {"storage_options"}, "training": {"mlflow"}})
+    values = settings.published()
     flat: dict[str, str] = {}
 
     def walk(prefix: str, node: object) -> None:
