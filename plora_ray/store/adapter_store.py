@@ -22,11 +22,11 @@ from plora_ray.store.adapters import (
     now_iso,
 )
 from plora_ray.store.manifest import Beginning, Current, Manifest, Tombstone, check_generation_id, dump_json, load_json
-from plora_ray.store.object_errors import ObjectExists, ObjectNotFound
+from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import SERVING_RETRY_S, ObjectRange, ObjectStore
 from plora_ray.store.reader import GenerationReader
 from plora_ray.store.store_identity import open_identity
-from plora_ray.store.tombstones import Tombstones
+from plora_ray.store.tombstones import Tombstones, tombstone_version
 from plora_ray.store.writer import GenerationWriter
 
 
@@ -177,7 +177,7 @@ class AdapterStore:
         """
         check_adapter(adapter)
         path = names.fresh(adapter.key)
-        erased = self._tombstone_version(adapter.key)
+        erased = tombstone_version(self.objects, adapter.key)
 
         def newest(data: bytes | None) -> bytes | None:
             standing = self._decode_or_none(adapter.key, data)
@@ -200,7 +200,7 @@ class AdapterStore:
     def delete_fresh(self, key: bytes) -> None:
         """Drop the user's fresh adapter, so that the generation's own serves again; fine if there is none."""
         path = names.fresh(key)
-        erased = self._tombstone_version(key)
+        erased = tombstone_version(self.objects, key)
         if erased is None:
             self.objects.delete(path)
         else:
@@ -243,10 +243,10 @@ class AdapterStore:
                 return None
             return dump_json(Tombstone(version=version, erased_at=now_iso()))
 
-        def emptied(data: bytes | None) -> bytes:
+        def emptied(data: bytes | None) -> bytes | None:
             found = self._decode_or_none(key, data)
-            if found and found.adapter and found.adapter.version > version:
-                return encode_fresh(found.adapter, version)  # the user came back in the meantime
+            if found and found.erased_version and found.erased_version >= version:
+                return None  # the user came back in the meantime, or was erased again: whoever wrote it knew of this erasure
             return encode_erased(key, version)
 
         self.objects.update(tombstone_path, newest)
@@ -260,7 +260,7 @@ class AdapterStore:
 
     def is_erased(self, key: bytes) -> bool:
         """Whether the user was erased and has no adapter fitted since."""
-        erased = self._tombstone_version(key)
+        erased = tombstone_version(self.objects, key)
         if erased is None:
             return False
         fresh = self.get_fresh(key)
@@ -272,13 +272,6 @@ class AdapterStore:
             existing = [info.generation for info in self.generations()]
             raise StoreError(f"{self.uri} has no generation {generation}; it has {', '.join(existing) or 'none'}")
         return manifest
-
-    def _tombstone_version(self, key: bytes) -> str | None:
-        path = names.tombstone(key)
-        try:
-            return load_json(Tombstone, self.objects.read(path), self.objects.uri_of(path)).version
-        except ObjectNotFound:
-            return None
 
     def _decode(self, key: bytes, data: bytes | None) -> FreshObject | None:
         if data is None:

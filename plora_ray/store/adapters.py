@@ -36,6 +36,11 @@ def new_version(after: str | None = None) -> str:
     return f"{time_ns:020d}-{secrets.token_hex(4)}"
 
 
+def version_above(version: str) -> str:
+    """A version just above `version`: one that is drawn at any later time sorts after it, too."""
+    return f"{int(version[:20]) + 1:020d}-{secrets.token_hex(4)}"
+
+
 def is_version(text: str) -> bool:
     """Whether `text` has the form that `new_version` gives."""
     return _VERSION.fullmatch(text) is not None

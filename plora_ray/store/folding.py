@@ -15,8 +15,9 @@ import numpy as np
 
 from plora_ray.errors import CorruptObjectError
 from plora_ray.store import names
-from plora_ray.store.adapters import UserAdapter, decode_fresh, encode_fresh, new_version
+from plora_ray.store.adapters import UserAdapter, decode_fresh, encode_fresh, version_above
 from plora_ray.store.objects import ObjectInfo, ObjectStore
+from plora_ray.store.tombstones import tombstone_version
 
 READ_AT_ONCE = 256  # fresh objects; a few hundred bytes each
 
@@ -46,14 +47,21 @@ def fresh_adapters(objects: ObjectStore, keys: list[bytes], basis: str) -> Itera
 
 
 def raise_late_versions(objects: ObjectStore, seen: np.ndarray, basis: str, version: str) -> int:
-    """Raise above `version` the fresh adapters of `basis` that were stored since `seen` with older ones; returns how many."""
+    """Raise just above `version` the fresh adapters of `basis` that were stored since `seen` with older ones; returns how many.
+
+    A user whose erasure has begun stays erased: an adapter that a tombstone covers isn't raised, and a tombstone that is written
+    later covers the raised one, too.
+    """
     raised = 0
 
     def newer(data: bytes | None) -> bytes | None:
         adapter = _adapter(data, basis)
         if data is None or adapter is None or adapter.version > version:
             return None
-        return encode_fresh(replace(adapter, version=new_version(after=version)), decode_fresh(data, "").erased_version)
+        erased = tombstone_version(objects, adapter.key)
+        if erased is not None and erased >= adapter.version:
+            return None
+        return encode_fresh(replace(adapter, version=version_above(version)), decode_fresh(data, "").erased_version)
 
     for item in objects.list(names.FRESH):
         if names.fresh_key(item.path) is None or _contains(seen, _state(item)):

@@ -9,7 +9,17 @@ import threading
 
 from plora_ray.store import names
 from plora_ray.store.manifest import Tombstone, load_json
+from plora_ray.store.object_errors import ObjectNotFound
 from plora_ray.store.objects import ObjectStore
+
+
+def tombstone_version(objects: ObjectStore, key: bytes) -> str | None:
+    """The version of the user's last erasure as it stands in the store now; None if the user was never erased."""
+    path = names.tombstone(key)
+    try:
+        return load_json(Tombstone, objects.read(path), objects.uri_of(path)).version
+    except ObjectNotFound:
+        return None
 
 
 class Tombstones:

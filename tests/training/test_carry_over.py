@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tracemalloc
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from plora_ray.data.table import PartitionTable
 from plora_ray.data.trained_users import TrainedUsers, trained_users
 from plora_ray.errors import DataError, StoreError
 from plora_ray.identity import partition_of
-from plora_ray.store import AdapterStore, ModelRef, UserAdapter, new_version
+from plora_ray.store import AdapterStore, ModelRef, ObjectStore, UserAdapter, names, new_version
 from plora_ray.store.folding import FreshSnapshot, raise_late_versions
 from plora_ray.store.row_digests import read_row_digests
 from plora_ray.training.carry_over import Base, plan_new_data
@@ -151,6 +152,80 @@ def test_a_fresh_adapter_stored_after_the_plan_by_a_clock_that_is_behind_still_w
     assert raised is not None and raised.version > version and raised.record.tobytes() == late.record.tobytes()
     assert store.get_fresh(late_elsewhere.key).version == behind  # type: ignore[union-attr]
     assert known is not None and untouched is not None and known.version == untouched.version
+
+
+@pytest.mark.parametrize("raise_before", ["the tombstone", "the fresh object is emptied", "the next read"])
+def test_a_user_erased_around_the_raise_of_late_versions_stays_erased(raise_before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AdapterStore(f"memory://{uuid.uuid4().hex}")
+    base = publish_base(store, {1: 1})
+    behind, seen = new_version(), FreshSnapshot.take(store.objects).seen
+    writer = store.begin("next")
+    writer.copy_shared(store.objects.read(base.reader.manifest.shared.path))
+    writer.commit(expected_users=0, model=ModelRef(name="m", weight_hash="0"), adapter_config={})
+    late = put_fresh(store, base, 1, version=behind)
+    first_write = {"the tombstone": names.tombstone(late.key), "the fresh object is emptied": names.fresh(late.key)}.get(raise_before)
+    update, raised = store.objects.update, []
+
+    def raise_late() -> None:
+        raised.append(raise_late_versions(ObjectStore(store.uri), seen, base.reader.basis, writer.version))
+
+    def interrupted(path: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
+        if path == first_write:
+            raise_late()
+        return update(path, change)
+
+    monkeypatch.setattr(store.objects, "update", interrupted)
+    store.erase(late.key)
+    if first_write is None:
+        raise_late()
+    assert raised == [raise_before == "the tombstone"]
+    assert store.pull(store.open_generation(), late.key) is None and store.get_fresh(late.key) is None and store.is_erased(late.key)
+
+
+def test_an_eraser_that_dies_after_the_tombstone_leaves_nothing_that_a_raise_could_bring_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AdapterStore(f"memory://{uuid.uuid4().hex}")
+    base = publish_base(store, {})
+    seen = FreshSnapshot.take(store.objects).seen
+    late = put_fresh(store, base, 1, version=new_version())
+    version = new_version()
+    with monkeypatch.context() as patch:
+        update = store.objects.update
+        patch.setattr(store.objects, "update", lambda path, change: update(path, change) if path == names.tombstone(late.key) else None)
+        store.erase(late.key)
+    assert store.get_fresh(late.key) is not None, "the eraser died before it emptied the fresh object"
+    assert raise_late_versions(store.objects, seen, base.reader.basis, version) == 0
+    assert store.pull(store.open_generation(), late.key) is None and store.is_erased(late.key)
+
+
+def test_an_eraser_whose_clock_is_behind_the_generation_empties_an_adapter_that_was_raised_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = AdapterStore(f"memory://{uuid.uuid4().hex}")
+    base = publish_base(store, {})
+    seen = FreshSnapshot.take(store.objects).seen
+    late = put_fresh(store, base, 1, version=new_version())
+    ahead = new_version(after=f"{2 * int(late.version[:20]):020d}-00000000")
+    update = store.objects.update
+
+    def interrupted(path: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
+        if path == names.tombstone(late.key):
+            assert raise_late_versions(ObjectStore(store.uri), seen, base.reader.basis, ahead) == 1
+        return update(path, change)
+
+    monkeypatch.setattr(store.objects, "update", interrupted)
+    store.erase(late.key)
+    assert store.get_fresh(late.key) is None and store.is_erased(late.key)
+
+
+def test_a_raised_version_stays_below_every_erasure_of_a_later_time() -> None:
+    store = AdapterStore(f"memory://{uuid.uuid4().hex}")
+    base = publish_base(store, {})
+    seen = FreshSnapshot.take(store.objects).seen
+    late = put_fresh(store, base, 1, version=new_version())
+    version, later = new_version(), new_version()
+    raise_late_versions(store.objects, seen, base.reader.basis, version)
+    raised = store.get_fresh(late.key)
+    assert raised is not None and version < raised.version < later
 
 
 def test_row_digests_depend_on_tokens_labels_and_the_key_but_not_on_the_order_of_rows() -> None:
