@@ -22,7 +22,7 @@ from plora_ray.training.board import ProgressBoard, RankObserver
 from plora_ray.training.dry_run import DryRun, dry_run_of
 from plora_ray.training.prepare import Prepared, prepare
 from plora_ray.training.progress import ProgressLine
-from plora_ray.training.publish import Published, finish, publish, unchanged
+from plora_ray.training.publish import Published, finish, publish, stored_report, unchanged
 from plora_ray.training.rank import Assignment, run_rank
 from plora_ray.training.report import TrainingReport, add_up
 from plora_ray.training.telemetry import Telemetry
@@ -72,9 +72,11 @@ def train(settings: Settings, *, dry_run: bool = False) -> Published | DryRun:
             return dry_run_of(prepared, workers if isinstance(workers, int) else workers[0], line)
         if prepared.nothing_to_do:
             return unchanged(prepared, line, seconds=time.monotonic() - began)
-        if store.manifest(assignment.generation) is not None:
-            return finish(prepared, line, seconds=time.monotonic() - began)
         with open_telemetry(settings, store.objects, run.folder, assignment.generation, line.say) as telemetry:
+            if store.manifest(assignment.generation) is not None:  # an earlier start was stopped after the commit
+                published = finish(prepared, line, seconds=time.monotonic() - began)
+                telemetry.finish(*stored_report(store, assignment.generation))
+                return published
             history = History(store.objects, run.folder)
             _fit(prepared, line, telemetry, history)
             line.say("adding up the test rows and writing the report ...")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
@@ -67,6 +68,12 @@ def finish(prepared: Prepared, line: ProgressLine, *, seconds: float) -> Publish
         store.activate(generation)  # never take over from a newer generation
     prepared.run.delete()
     return _published(store, manifest, seconds)
+
+
+def stored_report(store: AdapterStore, generation: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The report of a published generation: report.json's values, and both files by name. Raises StoreError."""
+    files = {name: store.objects.read(f"generations/{generation}/{name}") for name in (REPORT_JSON, REPORT_HTML)}
+    return json.loads(files[REPORT_JSON]), files
 
 
 def unchanged(prepared: Prepared, line: ProgressLine, *, seconds: float) -> Published:

@@ -18,7 +18,7 @@ from plora_ray.training.memory import ModelSize
 from plora_ray.training.plan import PartitionPlan, Plan, PlanBuilder
 from plora_ray.training.prepare import Prepared
 from plora_ray.training.progress import ProgressLine
-from plora_ray.training.publish import publish
+from plora_ray.training.publish import publish, stored_report
 from plora_ray.training.rank import Assignment
 from plora_ray.training.report import TrainingReport, add_up
 from plora_ray.training.run_state import RunState, WaveOutcome
@@ -85,6 +85,8 @@ def test_a_generation_with_a_missing_wave_or_fewer_users_than_planned_is_not_pub
 
     if message is None:
         assert end_of_the_run() == store.open_generation().users == USERS
+        values, files = stored_report(store, generation)  # what a start that only finishes hands to telemetry
+        assert values["generation"] == generation and set(files) == {"report.json", "report.html"}
         return
     with pytest.raises(StoreError, match=message):
         end_of_the_run()

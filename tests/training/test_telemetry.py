@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import sys
 import time
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 
 from plora_ray.config import MlflowSettings, parse_settings
-from plora_ray.errors import ConfigError
+from plora_ray.errors import ConfigError, StoreError
 from plora_ray.store import ObjectStore
+from plora_ray.store.memory_objects import MemoryObjects
 from plora_ray.training.progress import Snapshot, StepPoint
 from plora_ray.training.telemetry import Meter, Sample, Telemetry
-from plora_ray.training.telemetry.configured import check_telemetry
+from plora_ray.training.telemetry.configured import check_telemetry, open_telemetry
 from plora_ray.training.telemetry.history import MOST_SAMPLES, History, Start
 from plora_ray.training.telemetry.mlflow import MlflowSink, logged_parameters
 from plora_ray.training.telemetry.tensorboard import TensorBoardSink
@@ -78,6 +80,25 @@ def test_a_long_history_is_thinned_and_keeps_its_ends() -> None:
         history.write([step(number)])
     steps = [sample.step or 0 for sample in history.samples]
     assert len(steps) <= MOST_SAMPLES and steps[0] == 1 and steps[-1] == 10_000 and steps == sorted(steps)
+
+
+def test_a_history_that_cannot_be_kept_is_given_up_long_before_a_result_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History(ObjectStore("memory://telemetry-outage", retry_s=120.0), "runs/a")
+    clock = [time.monotonic()]
+
+    def down(*_: object) -> None:
+        raise ConnectionError("no route")
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(MemoryObjects, "write", down)
+    began = clock[0]
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with pytest.raises(StoreError):
+        history.save()
+    assert 0 < clock[0] - began <= 5
 
 
 class Recorder:
@@ -168,6 +189,47 @@ def test_a_tracking_server_that_does_not_answer_is_refused_before_anything_is_tr
     where = MlflowSettings(tracking_uri="http://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"http://127.0.0.1:9 can't be used: .*; set training.mlflow to null"):
         MlflowSink(parse_settings({}), where, ObjectStore("memory://telemetry-none"), "runs/a", "g-1")
+
+
+def test_a_kept_mlflow_run_that_is_gone_is_begun_anew_and_a_silent_server_does_not_stop_a_job_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the optional extra plora-ray[mlflow] isn't installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    where, settings = MlflowSettings(tracking_uri=(tmp_path / "mlruns").as_uri()), parse_settings({})
+    objects = ObjectStore("memory://telemetry-mlflow-gone")
+    objects.write("runs/a/mlflow.json", b'{"run_id": "00000000000000000000000000000000"}')
+    MlflowSink(settings, where, objects, "runs/a", "g-1").close()
+    kept = json.loads(objects.read("runs/a/mlflow.json"))["run_id"]
+    client = mlflow.MlflowClient(where.tracking_uri)
+    client.delete_run(kept)
+    MlflowSink(settings, where, objects, "runs/a", "g-1").close()
+    (run,) = client.search_runs([client.get_experiment_by_name("plora").experiment_id])
+    assert run.info.run_id == json.loads(objects.read("runs/a/mlflow.json"))["run_id"] != kept
+    silent = MlflowSink(settings, MlflowSettings(tracking_uri="http://127.0.0.1:9"), objects, "runs/a", "g-1")
+    with pytest.raises(Exception, match="127.0.0.1"):
+        silent.write([step(10)])
+
+
+def test_a_store_that_fails_is_not_called_an_unusable_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="the optional extra plora-ray[mlflow] isn't installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    (tmp_path / "runs").write_text("")  # a file where the run's folder should be
+    where = MlflowSettings(tracking_uri=(tmp_path / "mlruns").as_uri())
+    with pytest.raises(StoreError, match="mlflow.json"):
+        MlflowSink(parse_settings({}), where, ObjectStore(str(tmp_path), retry_s=0), "runs/a", "g-1")
+
+
+def test_a_sink_that_cannot_begin_closes_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = list[str]()
+    close = TensorBoardSink.close
+    monkeypatch.setattr(TensorBoardSink, "close", lambda sink: (close(sink), closed.append(sink.name)))
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    settings = parse_settings({"training": {"tensorboard_dir": str(tmp_path), "mlflow": {"tracking_uri": "http://tracking"}}})
+    with pytest.raises(ImportError):
+        open_telemetry(settings, ObjectStore("memory://telemetry-close"), "runs/a", "g-1", print)
+    assert closed == ["training.tensorboard_dir"]
 
 
 def test_a_missing_mlflow_client_is_one_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from tempfile import TemporaryFile
 
 from plora_ray.config import Settings, TrainingSettings
@@ -27,11 +28,14 @@ def check_telemetry(settings: TrainingSettings) -> None:
 
 
 def open_telemetry(settings: Settings, objects: ObjectStore, folder: str, generation: str, warn: Callable[[str], None]) -> Telemetry:
-    """All sinks of a run whose folder in the store is `folder`. Raises ConfigError if one can't begin."""
+    """All sinks of a run whose folder in the store is `folder`. Raises ConfigError or StoreError if one can't begin."""
     sinks: list[Sink] = []
     training = settings.training
-    if training.tensorboard_dir is not None:
-        sinks.append(TensorBoardSink(training.tensorboard_dir / generation))
-    if training.mlflow is not None:
-        sinks.append(MlflowSink(settings, training.mlflow, objects, folder, generation))
+    with ExitStack() as opened:  # closes those before the one that can't begin
+        if training.tensorboard_dir is not None:
+            sinks.append(TensorBoardSink(training.tensorboard_dir / generation))
+            opened.callback(sinks[-1].close)
+        if training.mlflow is not None:
+            sinks.append(MlflowSink(settings, training.mlflow, objects, folder, generation))
+        opened.pop_all()
     return Telemetry(sinks, warn)

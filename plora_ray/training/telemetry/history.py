@@ -16,6 +16,7 @@ from plora_ray.training.telemetry.sample import Sample
 
 MOST_SAMPLES = 2000
 SAVE_EVERY_S = 30.0
+WRITE_RETRY_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class History:
     """
 
     def __init__(self, objects: ObjectStore, folder: str) -> None:
-        self._objects, self._path = objects, f"{folder}/history.json"
+        # What fails to be written now is written with the next sample, so nobody waits for it as long as for a result.
+        self._objects = ObjectStore(objects.uri, objects.storage_options, retry_s=min(objects.retry_s, WRITE_RETRY_S))
+        self._path = f"{folder}/history.json"
         self._saved_s = time.monotonic()
         self.jobs = 0
         self.samples: list[Sample] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from plora_ray.config import MlflowSettings, Settings
-from plora_ray.errors import ConfigError
+from plora_ray.errors import ConfigError, StoreError
 from plora_ray.store import ObjectStore
 from plora_ray.training.telemetry.sample import Sample
 
@@ -31,7 +31,10 @@ def check_installed() -> None:
 
 
 class MlflowSink:
-    """Begins a run, or goes on with the one whose id is kept. Raises ConfigError if the server doesn't answer."""
+    """Begins a run, or goes on with the one whose id is kept, if the server still has it.
+
+    Raises ConfigError if a run can't be begun, and StoreError. For a kept run the server may be silent for now: `write` finds out.
+    """
 
     name = "training.mlflow"
 
@@ -44,6 +47,8 @@ class MlflowSink:
         try:
             self._client = MlflowClient(mlflow.tracking_uri)
             self._run = self._begin(mlflow.experiment, objects, f"{folder}/mlflow.json", generation, settings)
+        except StoreError:
+            raise
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise ConfigError(
@@ -82,9 +87,7 @@ class MlflowSink:
 
     def _begin(self, experiment: str, objects: ObjectStore, path: str, generation: str, settings: Settings) -> str:
         kept = objects.read_many([path]).get(path)
-        if kept is not None:
-            run: str = json.loads(kept)["run_id"]
-            self._client.update_run(run, status="RUNNING")
+        if kept is not None and self._goes_on(run := str(json.loads(kept)["run_id"])):
             return run
         found = self._client.get_experiment_by_name(experiment)
         place = found.experiment_id if found else self._client.create_experiment(experiment)
@@ -96,6 +99,16 @@ class MlflowSink:
         for start in range(0, len(parameters), AT_ONCE):
             self._client.log_batch(run, params=parameters[start : start + AT_ONCE])
         return run
+
+    def _goes_on(self, run: str) -> bool:
+        """Whether to go on with a kept run: only the server's word that it is gone speaks against it."""
+        try:
+            if self._client.get_run(run).info.lifecycle_stage == "deleted":
+                return False
+            self._client.update_run(run, status="RUNNING")
+        except Exception as error:
+            return bool(getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST")
+        return True
 
     def _log(self, metrics: Sequence[tuple[str, float, int]], now_ms: int) -> None:
         from mlflow.entities import Metric
