@@ -27,23 +27,24 @@ class OneByOne:
         self.learning_rate = learning_rate
         self.matrices = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self.start = {name: shared[_ours(name)].detach().clone() for name in self.matrices}
+        self.reset()
 
     def reset(self) -> None:
-        """Back to the population."""
+        """Back to the population, with a new optimiser and the first shuffle."""
         with torch.no_grad():
             for name, value in self.matrices.items():
                 value.copy_(self.start[name])
+        self.optimizer = torch.optim.AdamW(self.matrices.values(), lr=self.learning_rate)
+        self.generator = torch.Generator().manual_seed(0)
 
-    def fit(self, user: UserRows, epochs: int, seed: int = 0) -> None:
+    def fit(self, user: UserRows, epochs: int) -> None:
         """`epochs` more passes over the user's rows, shuffled, in batches of BATCH_ROWS padded to their longest."""
-        optimizer = torch.optim.AdamW(self.matrices.values(), lr=self.learning_rate)
-        generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
-            for places in torch.randperm(len(user.ids), generator=generator).split(BATCH_ROWS):
-                optimizer.zero_grad()
+            for places in torch.randperm(len(user.ids), generator=self.generator).split(BATCH_ROWS):
+                self.optimizer.zero_grad()
                 chosen = user.take(places.tolist())
                 F.cross_entropy(self.logits(chosen), self._labels(chosen)).backward()
-                optimizer.step()
+                self.optimizer.step()
 
     @torch.no_grad()
     def nll(self, user: UserRows) -> Tensor:

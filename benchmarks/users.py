@@ -77,7 +77,7 @@ def nll_by_epoch(opponent: OneByOne, trained: list[UserRows], tested: list[UserR
         opponent.reset()
         rows += len(test.labels)
         for epoch in range(MOST_EPOCHS):
-            opponent.fit(train, 1, seed=epoch)
+            opponent.fit(train, 1)
             sums[epoch] += float(opponent.nll(test).sum())
     return (sums / rows).tolist()
 
