@@ -204,12 +204,13 @@ def generations_gc(
 ) -> None:
     """Delete old generations and what crashed jobs left behind."""
     from plora_ray.store.collection import collect
-    from plora_ray.training.run_state import delete_abandoned_runs
+    from plora_ray.training.runs import delete_abandoned_runs
 
     store, grace_s, verb = _store(_settings(config, overrides)), grace_hours * 3600, "would delete" if dry_run else "deleted"
-    for name in delete_abandoned_runs(store.objects, grace_s=grace_s, dry_run=dry_run):
+    runs = delete_abandoned_runs(store.objects, grace_s=grace_s, dry_run=dry_run)
+    for name in runs.deleted:
         typer.echo(f"{verb} the working folder of unfinished run {name}")
-    for item in collect(store, keep=keep, grace_s=grace_s, dry_run=dry_run):
+    for item in collect(store, keep=keep, grace_s=grace_s, needed=runs.needed, dry_run=dry_run):
         kind = "published" if item.published else "unfinished"
         typer.echo(f"{verb} {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")
 

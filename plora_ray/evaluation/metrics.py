@@ -109,13 +109,6 @@ def classification_scores(log_probabilities: Floats, labels: Ints) -> Classifica
     return totals.scores()
 
 
-def regression_scores(predicted: Floats, labels: Floats) -> RegressionScores:
-    """Scores of predictions [rows] against values [rows]; needs at least one row."""
-    totals = RegressionTotals()
-    totals.add(predicted, labels)
-    return totals.scores()
-
-
 def bootstrap_ratios(sums: Floats | Ints, rows: Floats | Ints, seed: int = 0) -> list[tuple[float, float]]:
     """95 % intervals of the mean over rows of each column, when whole users are drawn with replacement.
 

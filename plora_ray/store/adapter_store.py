@@ -197,15 +197,6 @@ class AdapterStore:
         standing = self._decode(key, self.objects.read_many([path]).get(path))
         return standing.adapter if standing else None
 
-    def delete_fresh(self, key: bytes) -> None:
-        """Drop the user's fresh adapter, so that the generation's own serves again; fine if there is none."""
-        path = names.fresh(key)
-        erased = tombstone_version(self.objects, key)
-        if erased is None:
-            self.objects.delete(path)
-        else:
-            self.objects.update(path, lambda data: encode_erased(key, erased))
-
     def pull(self, reader: GenerationReader, key: bytes) -> UserAdapter | None:
         """The adapter to serve this user with, from the store: two requests at the same time, however many users there are.
 

@@ -7,12 +7,14 @@ generation, the newest `keep` and everything younger than the grace time stay.
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 
 from plora_ray.errors import StoreError
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.manifest import Beginning, load_json
+from plora_ray.store.objects import ObjectInfo
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,18 @@ class Collected:
     size: int
 
 
-def collect(store: AdapterStore, *, keep: int, grace_s: float, dry_run: bool = False) -> list[Collected]:
+def collect(
+    store: AdapterStore, *, keep: int, grace_s: float, needed: Set[str] = frozenset(), dry_run: bool = False
+) -> list[Collected]:
     """Delete published generations beyond the newest `keep` and unfinished ones, begun longer than `grace_s` ago.
 
+    needed: generations that jobs at work make or start from; they stay.
     Raises StoreError if `keep` would leave nothing to roll back to (below one).
     """
     if keep < 1:
         raise StoreError(f"keep is {keep}: at least one published generation must stay")
     published = [info.generation for info in store.generations()]
-    staying = {*published[-keep:], store.current()}
+    staying = {*published[-keep:], store.current(), *needed}
     collected = []
     for generation in store.objects.folders(names.GENERATIONS):
         if generation in staying or time.time() - _begun_s(store, generation) < grace_s:
@@ -41,11 +46,22 @@ def collect(store: AdapterStore, *, keep: int, grace_s: float, dry_run: bool = F
         objects = store.objects.list(f"{names.GENERATIONS}/{generation}")
         collected.append(Collected(generation, generation in published, len(objects), sum(item.size for item in objects)))
         if not dry_run:
-            # The manifest first (then the generation doesn't exist), the beginning last (else its age is lost on a crash).
-            order = {names.manifest(generation): 0, names.beginning(generation): 2}
-            for item in sorted(objects, key=lambda item: order.get(item.path, 1)):
-                store.objects.delete(item.path)
+            _delete(store, generation, objects)
     return collected
+
+
+def abandon(store: AdapterStore, generation: str) -> None:
+    """Delete what was written of a generation that nobody will publish. Raises StoreError if it is published."""
+    if store.manifest(generation) is not None:
+        raise StoreError(f"generation {generation} is published: `plora generations gc` deletes it when it is old")
+    _delete(store, generation, store.objects.list(f"{names.GENERATIONS}/{generation}"))
+
+
+def _delete(store: AdapterStore, generation: str, objects: list[ObjectInfo]) -> None:
+    # The manifest first (then the generation doesn't exist), the beginning last (else its age is lost on a crash).
+    order = {names.manifest(generation): 0, names.beginning(generation): 2}
+    for item in sorted(objects, key=lambda item: order.get(item.path, 1)):
+        store.objects.delete(item.path)
 
 
 def _begun_s(store: AdapterStore, generation: str) -> float:

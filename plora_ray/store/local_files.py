@@ -58,7 +58,7 @@ class LocalFiles:
                 raise FileExistsError(path)
             self.write(path, data)
 
-    def find(self, folder: str) -> list[tuple[str, int, str]]:
+    def find(self, folder: str) -> list[tuple[str, int, str, float]]:
         found = []
         for parent, folders, names in os.walk(self.root / folder, onerror=_raise_unless_missing):
             folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
@@ -68,7 +68,8 @@ class LocalFiles:
                 file = Path(parent, name)
                 with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
                     status = file.stat()
-                    found.append((file.relative_to(self.root).as_posix(), status.st_size, f"{status.st_mtime_ns}-{status.st_ino}"))
+                    tag = f"{status.st_mtime_ns}-{status.st_ino}"
+                    found.append((file.relative_to(self.root).as_posix(), status.st_size, tag, status.st_mtime))
         return found
 
     def folders(self, folder: str) -> list[str]:

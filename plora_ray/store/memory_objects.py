@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 
 _lock = threading.Lock()
-_stores: dict[str, dict[str, tuple[bytes, str]]] = {}  # root -> path -> (bytes, tag)
+_stores: dict[str, dict[str, tuple[bytes, str, float]]] = {}  # root -> path -> (bytes, tag, time)
 _versions = itertools.count()
 
 
@@ -26,35 +27,35 @@ class MemoryObjects:
         with _lock:
             if path not in self._objects:
                 raise FileNotFoundError(path)
-            return self._objects[path]
+            return self._objects[path][:2]
 
     def exists(self, path: str) -> bool:
         return path in self._objects
 
     def write(self, path: str, data: bytes) -> None:
         with _lock:
-            self._objects[path] = (bytes(data), str(next(_versions)))
+            self._objects[path] = (bytes(data), str(next(_versions)), time.time())
 
     def create(self, path: str, data: bytes) -> None:
         with _lock:
             if path in self._objects:
                 raise FileExistsError(path)
-            self._objects[path] = (bytes(data), str(next(_versions)))
+            self._objects[path] = (bytes(data), str(next(_versions)), time.time())
 
     def replace_if(self, path: str, data: bytes, tag: str) -> None:
         with _lock:
             if path not in self._objects or self._objects[path][1] != tag:
                 raise FileExistsError(path)
-            self._objects[path] = (bytes(data), str(next(_versions)))
+            self._objects[path] = (bytes(data), str(next(_versions)), time.time())
 
-    def find(self, folder: str) -> list[tuple[str, int, str]]:
+    def find(self, folder: str) -> list[tuple[str, int, str, float]]:
         prefix = f"{folder}/" if folder else ""
         with _lock:
-            return [(path, len(data), tag) for path, (data, tag) in self._objects.items() if path.startswith(prefix)]
+            return [(path, len(data), tag, at) for path, (data, tag, at) in self._objects.items() if path.startswith(prefix)]
 
     def folders(self, folder: str) -> list[str]:
         prefix = f"{folder}/" if folder else ""
-        rest = [path.removeprefix(prefix) for path, _, _ in self.find(folder)]
+        rest = [path.removeprefix(prefix) for path, *_ in self.find(folder)]
         return list({name.split("/", 1)[0] for name in rest if "/" in name})
 
     def delete(self, path: str) -> None:

@@ -43,11 +43,12 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One listed object; `tag` changes whenever its bytes are replaced."""
+    """One listed object; `tag` changes whenever its bytes are replaced, which was last at `modified_s`, Unix time by the store's clock."""
 
     path: str
     size: int
     tag: str
+    modified_s: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Backend(Protocol):
     def write(self, path: str, data: bytes) -> None: ...
     def create(self, path: str, data: bytes) -> None: ...
     def replace_if(self, path: str, data: bytes, tag: str) -> None: ...
-    def find(self, folder: str) -> list[tuple[str, int, str]]: ...
+    def find(self, folder: str) -> list[tuple[str, int, str, float]]: ...  # path, size, tag, time
     def folders(self, folder: str) -> list[str]: ...
     def delete(self, path: str) -> None: ...
     def prune(self, folder: str) -> None: ...  # drop what is no object: empty folders, leftovers of killed writes
@@ -187,7 +188,7 @@ class ObjectStore:
     def list(self, folder: str = "") -> list[ObjectInfo]:
         """All objects below `folder`, at any depth, sorted by path; none if it doesn't exist."""
         found = self._call("list", folder, self._backend.find, folder)
-        return sorted((ObjectInfo(path, size, tag) for path, size, tag in found), key=lambda item: item.path)
+        return sorted((ObjectInfo(*item) for item in found), key=lambda item: item.path)
 
     def delete(self, path: str) -> None:
         """Delete the object; fine if there is none."""

@@ -67,10 +67,6 @@ class GenerationReader:
         """The shared weights: CPU tensors by name, and the trainer's metadata."""
         return self._shared
 
-    def refresh_tombstones(self) -> None:
-        """Learn of users erased since the generation was opened, or since the last call."""
-        self._tombstones.refresh()
-
     def erased_version(self, key: bytes) -> str | None:
         """The version of the user's last known erasure, if any."""
         return self._tombstones.version(key)

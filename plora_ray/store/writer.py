@@ -24,7 +24,7 @@ from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import ObjectStore
 from plora_ray.store.row_digests import encode_row_digests
 from plora_ray.store.segments import Segment, decode_segment, encode_segment
-from plora_ray.store.shared import SharedWeights, decode_shared, encode_shared
+from plora_ray.store.shared import decode_shared, encode_shared
 
 WAVES_AT_ONCE = 4  # segments read at the same time when finished waves are verified; bounds memory
 MAX_REPAIRS = 3
@@ -67,19 +67,18 @@ class GenerationWriter:
         data = self._objects.read_many([path]).get(path)
         return None if data is None else _object_ref(path, data)
 
-    def read_shared(self) -> SharedWeights | None:
-        """The shared weights, for a job that resumes after they were written; None while they aren't."""
-        path = names.shared(self.generation)
-        data = self._objects.read_many([path]).get(path)
-        return None if data is None else decode_shared(data, self._objects.uri_of(path))
-
-    def write_segment(self, wave: int, keys: np.ndarray, records: np.ndarray, examples: np.ndarray) -> SegmentRef:
+    def write_segment(
+        self, wave: int, keys: np.ndarray, records: np.ndarray, examples: np.ndarray, announce: Callable[[str], None] | None = None
+    ) -> SegmentRef:
         """Write wave `wave`: keys uint8 [users, 16] ascending, records float32 [users, width], examples int [users].
 
         Once this returns, the wave is finished for good. If the wave was finished before, that older segment stays and its
-        reference is returned. Raises StoreError, with nothing written, for values that aren't finite or arrays that don't fit.
+        reference is returned. announce: is told the segment's SHA-256 before it is written, for what must be kept along with it.
+        Raises StoreError, with nothing written, for values that aren't finite or arrays that don't fit.
         """
         data = encode_segment(keys, records, examples, kind=self.kind, generation=self.generation, wave=wave)
+        if announce is not None:
+            announce(hashlib.sha256(data).hexdigest())
         path = names.segment(self.generation, wave)
         for _ in range(MAX_REPAIRS):
             try:

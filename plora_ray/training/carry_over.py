@@ -38,11 +38,11 @@ class Base:
     labels: LabelSpace
 
     @classmethod
-    def open(cls, store: AdapterStore, settings: Settings, weight_hash: str) -> Base:
-        """The current generation. Raises StoreError if there is none, or if it was trained as these settings can't go on."""
-        if store.current() is None:
+    def open(cls, store: AdapterStore, settings: Settings, weight_hash: str, generation: str | None = None) -> Base:
+        """This or the current generation. Raises StoreError if there is none, or if it was trained as these settings can't go on."""
+        if generation is None and store.current() is None:
             raise StoreError(f"{store.uri} has no generation to start from: {ANEW}")
-        reader = store.open_generation()
+        reader = store.open_generation(generation)
         config, manifest = reader.manifest.adapter_config, reader.manifest
         labels = LabelSpace.from_json(config["labels"])
         had = {

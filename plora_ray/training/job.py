@@ -25,6 +25,7 @@ from plora_ray.training.progress import ProgressLine
 from plora_ray.training.publish import Published, finish, publish, stored_report, unchanged
 from plora_ray.training.rank import Assignment, run_rank
 from plora_ray.training.report import TrainingReport, add_up
+from plora_ray.training.runs import Heartbeat
 from plora_ray.training.telemetry import Telemetry
 from plora_ray.training.telemetry.configured import open_telemetry
 from plora_ray.training.telemetry.history import History
@@ -80,16 +81,17 @@ def train(settings: Settings, *, dry_run: bool = False) -> Published | DryRun:
             history = History(store.objects, run.folder)
             _fit(prepared, line, telemetry, history)
             line.say("adding up the test rows and writing the report ...")
-            totals = add_up(assignment, run, prepared.stats, erased=len(store.tombstones()))
+            segments = store.resume(assignment.generation).finished_waves()
+            totals = add_up(assignment, run, prepared.stats, segments, store.tombstones().keys())
             report = TrainingReport(assignment, prepared.plan, prepared.stats, totals, history, time.monotonic() - began)
-            published = publish(prepared, report, line, seconds=time.monotonic() - began)
+            published = publish(prepared, report, segments, line, seconds=time.monotonic() - began)
             telemetry.finish(report.values, report.files)
             return published
 
 
 def _fit(prepared: Prepared, line: ProgressLine, telemetry: Telemetry, history: History) -> None:
     settings = prepared.assignment.settings
-    writer = prepared.store.begin(prepared.assignment.generation, settings.adapter.kind)
+    writer = prepared.store.resume(prepared.assignment.generation)
     if prepared.base is not None and settings.training.only_users_with_new_data:
         writer.copy_shared(prepared.store.objects.read(prepared.base.reader.manifest.shared.path))
     done = sum(segment.users for segment in writer.finished_waves().values())
@@ -101,7 +103,11 @@ def _fit(prepared: Prepared, line: ProgressLine, telemetry: Telemetry, history: 
     workers, use_gpu = _scale(settings)
     shown = f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else str(workers)
     line.say(f"starting {shown} {'GPU' if use_gpu else 'CPU'} workers ...")
-    with tempfile.TemporaryDirectory(prefix="plora-ray-train-") as ray_folder, Watcher(board, line, telemetry, history, done):
+    with (
+        tempfile.TemporaryDirectory(prefix="plora-ray-train-") as ray_folder,
+        Heartbeat(prepared.run),
+        Watcher(board, line, telemetry, history, done),
+    ):
         try:
             _trainer(prepared, board, workers, use_gpu, ray_folder).fit()
         except Exception as error:

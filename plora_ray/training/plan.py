@@ -6,7 +6,9 @@ the machine, and is kept with the run: whoever resumes follows the same one.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import uuid
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -15,7 +17,9 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from plora_ray.data.trained_users import TrainedUsers
+from plora_ray.errors import StoreError
 from plora_ray.identity import as_words
+from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import ObjectStore
 from plora_ray.training.waves import MiB, Wave, WaveLimits, cut_waves, span_bytes
 
@@ -127,34 +131,53 @@ class PlanBuilder:
 
 
 class PlanFiles:
-    """A run's plan in its folder: a file a partition, and plan.json, written last."""
+    """A run's plan in its folder: a draft's files, one a partition, and plan.json, which names the one draft that holds.
+
+    Two jobs that plan the same run at once write drafts of their own; the first plan.json stands for both.
+    """
 
     def __init__(self, objects: ObjectStore, folder: str) -> None:
         self._objects, self._folder = objects, f"{folder}/plan"
+        self._draft = uuid.uuid4().hex
+        self._fixed: dict[str, Any] | None = None
 
     def save_partition(self, partition: int, plan: PartitionPlan) -> None:
-        self._objects.write(self._path(partition), save({name: np.ascontiguousarray(values) for name, values in vars(plan).items()}))
+        """Add a partition to this object's draft."""
+        arrays = {name: np.ascontiguousarray(values) for name, values in vars(plan).items()}
+        self._objects.create(self._path(self._draft, partition), save(arrays))
 
-    def load_partition(self, partition: int) -> PartitionPlan:
-        return PartitionPlan(**load(self._objects.read(self._path(partition))))
-
-    def save(self, plan: Plan, fresh_seen: np.ndarray) -> None:
-        """Fix the plan. fresh_seen: states of the fresh objects it knows of."""
-        self._objects.write(f"{self._folder}/fresh.safetensors", save({"seen": fresh_seen}))
-        self._objects.write(f"{self._folder}/plan.json", json.dumps(asdict(plan)).encode())
+    def save(self, plan: Plan, fresh_seen: np.ndarray) -> Plan:
+        """Fix the plan, whose partitions are saved; returns the one that holds. fresh_seen: states of the fresh objects it knows of."""
+        self._objects.create(f"{self._folder}/{self._draft}/fresh.safetensors", save({"seen": fresh_seen}))
+        with contextlib.suppress(ObjectExists):
+            self._objects.create(f"{self._folder}/plan.json", json.dumps({"draft": self._draft, **asdict(plan)}).encode())
+        standing = self.load()
+        assert standing is not None
+        return standing
 
     def load(self) -> Plan | None:
         """The run's plan; None until it is whole."""
         path = f"{self._folder}/plan.json"
-        data = self._objects.read_many([path]).get(path)
-        if data is None:
-            return None
-        values = json.loads(data)
+        if self._fixed is None:
+            data = self._objects.read_many([path]).get(path)
+            if data is None:
+                return None
+            self._fixed = json.loads(data)
+        values = {name: value for name, value in self._fixed.items() if name != "draft"}
         return Plan(**{**values, "waves": [Wave(**wave) for wave in values["waves"]]})
 
-    def fresh_seen(self) -> np.ndarray:
-        """The states of the fresh objects that the plan knows of."""
-        return load(self._objects.read(f"{self._folder}/fresh.safetensors"))["seen"]
+    def load_partition(self, partition: int) -> PartitionPlan:
+        """A partition of the plan that holds. Raises StoreError before there is one."""
+        return PartitionPlan(**load(self._objects.read(self._path(self._standing(), partition))))
 
-    def _path(self, partition: int) -> str:
-        return f"{self._folder}/{partition:05d}.safetensors"
+    def fresh_seen(self) -> np.ndarray:
+        """The states of the fresh objects that the plan knows of. Raises StoreError before there is a plan."""
+        return load(self._objects.read(f"{self._folder}/{self._standing()}/fresh.safetensors"))["seen"]
+
+    def _standing(self) -> str:
+        if self.load() is None or self._fixed is None:
+            raise StoreError(f"{self._objects.uri_of(self._folder)} has no whole plan: run the job again")
+        return str(self._fixed["draft"])
+
+    def _path(self, draft: str, partition: int) -> str:
+        return f"{self._folder}/{draft}/{partition:05d}.safetensors"

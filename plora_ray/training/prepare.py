@@ -22,7 +22,8 @@ from plora_ray.training.memory import MAX_USERS_PER_WAVE, ModelSize, wave_bytes
 from plora_ray.training.plan import PartitionPlan, Plan, PlanBuilder
 from plora_ray.training.progress import ProgressLine
 from plora_ray.training.rank import Assignment
-from plora_ray.training.run_state import RunState, delete_runs_of, run_fingerprint
+from plora_ray.training.run_state import RunState, run_fingerprint
+from plora_ray.training.runs import end_runs_of
 from plora_ray.training.telemetry.configured import check_telemetry
 from plora_ray.training.waves import MiB, WaveLimits
 
@@ -63,12 +64,9 @@ def prepare(settings: Settings, line: ProgressLine, *, dry_run: bool = False) ->
     store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=True, retry_s=retry_s)
     store.objects.probe()
     training = settings.training
-    base = Base.open(store, settings, weights) if training.only_users_with_new_data or training.warm_start else None
-    if base is not None and training.only_users_with_new_data:
-        delete_runs_of(store.objects, base.reader.generation)
-    based_on = base.reader.generation if base is not None else None
-    run = RunState(store.objects, run_fingerprint(settings, fingerprint(settings.data, units), weights, based_on))
-    generation, resumed = run.begin()
+    run, base = _run_and_base(settings, store, fingerprint(settings.data, units), weights)
+    head, resumed = run.begin(base.reader.generation if base is not None else None)
+    generation, based_on = head.generation, head.base
     line.say(f"generation {generation} ({'resuming' if resumed else 'new'}) in {store.uri}")
     line.say(f"partitioning {settings.data.shown} by user ...")
     uri = store.objects.uri_of(f"{run.folder}/partitions")
@@ -80,6 +78,8 @@ def prepare(settings: Settings, line: ProgressLine, *, dry_run: bool = False) ->
     labels = _labels(settings, stats, base)
     size = ModelSize.of(settings, labels.outputs)
     limits = _limits(settings, labels, size)
+    if not dry_run and store.manifest(generation) is None:
+        store.begin(generation, settings.adapter.kind)  # before the plan: fresh adapters that it can't know are newer than this
     plan = run.plan.load() or _plan(settings, store, run, uri, base, limits, keep=not dry_run)
     skipped = f", {sum(stats.skipped.values()):,} bad rows skipped" if stats.skipped else ""
     line.say(plan.describe() + skipped)
@@ -89,6 +89,19 @@ def prepare(settings: Settings, line: ProgressLine, *, dry_run: bool = False) ->
         _absolute(settings, store), run.folder.rpartition("/")[2], generation, labels, uri, plan.waves, profile, based_on
     )  # fmt: skip
     return Prepared(store, run, assignment, stats, weights, size, plan, base)
+
+
+def _run_and_base(settings: Settings, store: AdapterStore, data: str, weights: str) -> tuple[RunState, Base | None]:
+    """The run of these settings and data (a fingerprint), and the generation it starts from: the current one when it was begun."""
+    if settings.training.only_users_with_new_data:
+        base = Base.open(store, settings, weights)
+        end_runs_of(store.objects, base.reader.manifest)
+        return RunState(store.objects, run_fingerprint(settings, data, weights, base.reader.generation)), base
+    run = RunState(store.objects, run_fingerprint(settings, data, weights))
+    if not settings.training.warm_start:
+        return run, None
+    head = run.head()
+    return run, Base.open(store, settings, weights, None if head is None else head.base)
 
 
 def _plan(
@@ -113,9 +126,7 @@ def _plan(
             save(partition, everybody)
             builder.add(partition, everybody)
         plan = builder.build(base.reader.generation if base is not None else None)
-    if keep:
-        run.plan.save(plan, seen)
-    return plan
+    return run.plan.save(plan, seen) if keep else plan
 
 
 def _limits(settings: Settings, labels: LabelSpace, size: ModelSize) -> WaveLimits:

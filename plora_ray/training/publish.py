@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
+from plora_ray.store.collection import abandon
 from plora_ray.store.folding import raise_late_versions
-from plora_ray.store.manifest import Manifest, ModelRef
+from plora_ray.store.manifest import Manifest, ModelRef, SegmentRef
 from plora_ray.training.prepare import Prepared
 from plora_ray.training.progress import ProgressLine
 from plora_ray.training.report import REPORT_HTML, REPORT_JSON, TrainingReport
@@ -32,8 +34,13 @@ class Published:
         return json.dumps({**asdict(self), "seconds": round(self.seconds, 1)})
 
 
-def publish(prepared: Prepared, report: TrainingReport, line: ProgressLine, *, seconds: float) -> Published:
-    """Write the report, commit the generation, make it current, delete the run's folder. Raises StoreError, with nothing published."""
+def publish(
+    prepared: Prepared, report: TrainingReport, segments: Mapping[int, SegmentRef], line: ProgressLine, *, seconds: float
+) -> Published:
+    """Write the report, commit the generation with these segments, make it current, delete the run's folder.
+
+    Raises StoreError, with nothing published.
+    """
     assignment, settings = prepared.assignment, prepared.assignment.settings
     writer = prepared.store.resume(assignment.generation)
     for name, data in report.files.items():
@@ -47,6 +54,7 @@ def publish(prepared: Prepared, report: TrainingReport, line: ProgressLine, *, s
             "fit": settings.user_fit().to_json(),
         },
         partition={"partitions": settings.training.partitions, "waves": len(assignment.waves)},
+        segments=segments,
         activate=not settings.training.only_users_with_new_data,  # `finish` decides about the others
     )  # fmt: skip
     return finish(prepared, line, seconds=seconds)
@@ -81,6 +89,7 @@ def unchanged(prepared: Prepared, line: ProgressLine, *, seconds: float) -> Publ
     assert prepared.base is not None
     manifest = prepared.base.reader.manifest
     line.say(f"no user has new data since generation {manifest.generation}: nothing is trained and nothing new is published")
+    abandon(prepared.store, prepared.assignment.generation)
     prepared.run.delete()
     return _published(prepared.store, manifest, seconds)
 

@@ -16,6 +16,7 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.data.batches import pad_tokens
 from plora_ray.data.rows import SPLITS, SplitName
 from plora_ray.data.table import PartitionTable
+from plora_ray.errors import StoreError
 from plora_ray.identity import as_words
 
 SPLIT_CODES: dict[SplitName, int] = {name: code for code, name in enumerate(SPLITS)}
@@ -78,9 +79,16 @@ class RankRows:
         return rows[np.isin(self.row_users[rows], users)]
 
     def find(self, partition: int, keys: np.ndarray) -> np.ndarray:
-        """Indices of the users of `partition` with these keys (uint8 [users, 16], ascending), without those erased."""
+        """Indices of the users of `partition` with these keys (uint8 [users, 16], ascending), without those erased.
+
+        Raises StoreError if the partition doesn't hold one of them.
+        """
         span = self.partition_users[partition]
-        users = span.start + np.searchsorted(as_words(self.keys[span]), as_words(keys))
+        held, wanted = as_words(self.keys[span]), as_words(keys)
+        places = np.searchsorted(held, wanted)
+        if len(wanted) and (places[-1] >= len(held) or (held[places] != wanted).any()):
+            raise StoreError(f"partition {partition} doesn't hold all users that were planned from it: run the job again")
+        users = span.start + places
         return users[~self.erased[users]]
 
     def text(self, row: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
@@ -15,34 +16,43 @@ from plora_ray.evaluation.comparison import Comparison
 from plora_ray.evaluation.page import INTERVALS, comparison_table, page, picture, table
 from plora_ray.evaluation.plots import gain_histograms
 from plora_ray.evaluation.verdict import verdict
+from plora_ray.store.manifest import SegmentRef
 from plora_ray.training import plots
 from plora_ray.training.plan import Plan
 from plora_ray.training.rank import Assignment
 from plora_ray.training.run_state import RunState
 from plora_ray.training.scores import REMAINING_EDGES, WaveTotals
 from plora_ray.training.telemetry.history import History
+from plora_ray.training.waves import Wave
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 
 
-def add_up(assignment: Assignment, run: RunState, stats: PartitionStats, *, erased: int) -> WaveTotals:
-    """All waves' outcomes, read a few at a time.
+def add_up(
+    assignment: Assignment, run: RunState, stats: PartitionStats, segments: Mapping[int, SegmentRef], erased: Set[bytes]
+) -> WaveTotals:
+    """The outcomes of all waves, whose `segments` stand in the store; read a few at a time.
 
-    Raises StoreError if a wave is missing, or if the waves hold other users than were planned: only the `erased` may be missing.
+    Raises StoreError if a wave is missing or holds other users than were planned: only the `erased` may be missing.
     """
-    totals, missing = WaveTotals(assignment.labels, stats), {wave.index for wave in assignment.waves}
-    for index, outcome in run.load_waves(sorted(missing)):
+    totals, missing = WaveTotals(assignment.labels, stats), {wave.index: wave for wave in assignment.waves}
+    for index, outcome in run.load_waves({wave: segments[wave].sha256 if wave in segments else None for wave in missing}):
+        _check_users(run, missing.pop(index), outcome.users, erased)
         totals.add(outcome)
-        missing.discard(index)
     if missing:
         raise StoreError(
             f"{len(missing)} of {len(assignment.waves)} waves are not trained (the first is {min(missing)}): run the job again"
         )
-    planned = sum(wave.stop - wave.start for wave in assignment.waves)
-    users = totals.users + totals.copied
-    if not planned - erased <= users <= planned:
-        raise StoreError(f"the waves hold {users} users, but {planned} were planned and {erased} erased: run the job again")
     return totals
+
+
+def _check_users(run: RunState, wave: Wave, users: int, erased: Set[bytes]) -> None:
+    planned, gone = wave.stop - wave.start, 0
+    if users != planned:
+        keys = run.plan.load_partition(wave.partition).keys[wave.start : wave.stop]
+        gone = sum(key.tobytes() in erased for key in keys)
+    if not planned - gone <= users <= planned:
+        raise StoreError(f"wave {wave.index} holds {users} users, but {planned} were planned and {gone} erased: run the job again")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,23 @@ _FREE_SETTINGS = {
 
 
 @dataclass(frozen=True)
+class RunHead:
+    """run.json. generation: that the run makes. base: that it starts from, if any. Unix times of its begin and last sign of life."""
+
+    generation: str
+    base: str | None
+    begun_at: float
+    seen_at: float
+
+    @classmethod
+    def parse(cls, data: bytes) -> RunHead:
+        return cls(**json.loads(data))
+
+    def dump(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+@dataclass(frozen=True)
 class WaveOutcome:
     """What one wave did, for the report; rows are the test rows of its users, users are places in the wave.
 
@@ -53,9 +71,17 @@ class WaveOutcome:
     remaining: np.ndarray
     copied: np.ndarray
 
+    @property
+    def users(self) -> int:
+        """In the wave's segment: fitted and copied."""
+        return len(self.examples) + len(self.copied)
+
 
 def run_fingerprint(settings: Settings, data_fingerprint: str, weight_hash: str, base: str | None = None) -> str:
-    """32 hex digits that change with anything that changes what training makes. base: the generation it starts from, if any."""
+    """32 hex digits that change with anything that changes what training makes. base: the generation whose users are carried over.
+
+    A run that only starts from a generation's parameters isn't another one because a newer generation serves by now.
+    """
     shaping: dict[str, Any] = settings.model_dump(mode="json", include={"task", "model", "adapter", "training"})
     for name in _FREE_SETTINGS:
         del shaping["training"][name]
@@ -68,29 +94,6 @@ def new_generation_id() -> str:
     return f"g-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
-def delete_abandoned_runs(objects: ObjectStore, *, grace_s: float, dry_run: bool = False) -> list[str]:
-    """Delete the folders of runs that were begun longer than `grace_s` ago and never published; returns their names."""
-    abandoned = []
-    for name in objects.folders(RUNS):
-        path = f"{RUNS}/{name}/run.json"
-        data = objects.read_many([path]).get(path)
-        if data is None or time.time() - json.loads(data)["begun_at"] < grace_s:
-            continue
-        abandoned.append(name)
-        if not dry_run:
-            RunState(objects, name).delete()
-    return abandoned
-
-
-def delete_runs_of(objects: ObjectStore, generation: str) -> None:
-    """Delete the folder of the run that made `generation`, if it ended before it could do so itself."""
-    for name in objects.folders(RUNS):
-        path = f"{RUNS}/{name}/run.json"
-        data = objects.read_many([path]).get(path)
-        if data is not None and json.loads(data)["generation"] == generation:
-            RunState(objects, name).delete()
-
-
 class RunState:
     """The run's folder. Every object in it is written whole. plan: where its plan lies."""
 
@@ -98,12 +101,22 @@ class RunState:
         self._objects = objects
         self.folder = f"{RUNS}/{fingerprint}"
         self.plan = PlanFiles(objects, self.folder)
+        self._head = f"{self.folder}/run.json"
 
-    def begin(self) -> tuple[str, bool]:
-        """(generation id this run makes, whether the run was begun before). The id is fixed by whoever comes first."""
-        mine = json.dumps({"generation": new_generation_id(), "begun_at": time.time()}).encode()
-        standing = self._objects.update(f"{self.folder}/run.json", lambda data: None if data else mine) or mine
-        return json.loads(standing)["generation"], standing != mine
+    def head(self) -> RunHead | None:
+        """What was fixed when the run was begun; None before that."""
+        data = self._objects.read_many([self._head]).get(self._head)
+        return None if data is None else RunHead.parse(data)
+
+    def begin(self, base: str | None = None) -> tuple[RunHead, bool]:
+        """The run's head, and whether the run was begun before. Generation and base are fixed by whoever comes first."""
+        mine = RunHead(new_generation_id(), base, time.time(), time.time()).dump()
+        standing = self._objects.update(self._head, lambda data: None if data else mine) or mine
+        return RunHead.parse(standing), standing != mine
+
+    def beat(self) -> None:
+        """A sign of life, so that no garbage collection takes the run for abandoned; nothing for a run that is over."""
+        self._objects.update(self._head, lambda data: replace(RunHead.parse(data), seen_at=time.time()).dump() if data else None)
 
     def save_prior(self, prior: UserPrior) -> None:
         """Keep the calibrated prior: all waves of a run are fitted under one."""
@@ -115,21 +128,25 @@ class RunState:
         data = self._objects.read_many([path]).get(path)
         return None if data is None else UserPrior.from_tensors(load(data))
 
-    def save_wave(self, wave: int, outcome: WaveOutcome) -> None:
-        """Keep a wave's outcome."""
-        arrays = {name: np.ascontiguousarray(values) for name, values in vars(outcome).items()}
-        self._objects.write(self._wave_path(wave), save_arrays(arrays))
+    def save_wave(self, wave: int, outcome: WaveOutcome, segment: str | None) -> None:
+        """Keep the outcome that belongs to the segment with SHA-256 `segment`; None: the wave's users are gone and it has none.
 
-    def load_waves(self, waves: Sequence[int]) -> Iterator[tuple[int, WaveOutcome]]:
-        """The outcomes kept of `waves`, in that order, a few in memory at a time."""
-        for start in range(0, len(waves), WAVES_AT_ONCE):
-            paths = {self._wave_path(wave): wave for wave in waves[start : start + WAVES_AT_ONCE]}
+        Two workers may fit one wave, one of them given up for dead: each keeps its own outcome, and the first segment decides.
+        """
+        arrays = {name: np.ascontiguousarray(values) for name, values in vars(outcome).items()}
+        self._objects.write(self._wave_path(wave, segment), save_arrays(arrays))
+
+    def load_waves(self, segments: Mapping[int, str | None]) -> Iterator[tuple[int, WaveOutcome]]:
+        """The outcomes kept for these waves' segments, in that order, a few in memory at a time."""
+        waves = iter(segments.items())
+        while some := dict(islice(waves, WAVES_AT_ONCE)):
+            paths = {self._wave_path(wave, segment): wave for wave, segment in some.items()}
             for path, data in self._objects.read_many(paths).items():
                 yield paths[path], WaveOutcome(**load_arrays(data))
 
     def delete(self) -> None:
         """Drop the whole folder; run.json last, so that a half-deleted run is still recognised."""
-        self._objects.delete_folder(self.folder, last=f"{self.folder}/run.json")
+        self._objects.delete_folder(self.folder, last=self._head)
 
-    def _wave_path(self, wave: int) -> str:
-        return f"{self.folder}/waves/{wave:05d}.safetensors"
+    def _wave_path(self, wave: int, segment: str | None) -> str:
+        return f"{self.folder}/waves/{wave:05d}-{'empty' if segment is None else segment[:32]}.safetensors"

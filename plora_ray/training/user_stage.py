@@ -77,8 +77,10 @@ class UserStage:
             remaining=fitted.remaining.numpy(),
             copied=copied.examples,
         )
-        self.run.save_wave(wave.index, outcome)  # before the segment: a wave with a segment is finished for good
-        self.waves.write(wave, SegmentUsers(self.rows.keys[users], fitted.vectors.numpy(), examples), copied)
+        self.waves.write(
+            wave, SegmentUsers(self.rows.keys[users], fitted.vectors.numpy(), examples), copied,
+            announce=lambda segment: self.run.save_wave(wave.index, outcome, segment),  # a wave with a segment is finished for good
+        )  # fmt: skip
         self.on_wave(WaveDone(wave.index, len(users) + len(copied.keys), len(train)))
 
     def _users(self, wave: Wave | None) -> np.ndarray:

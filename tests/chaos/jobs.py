@@ -130,7 +130,7 @@ class FitLog:
             for path in self._store.glob("runs/*/waves/*.safetensors"):
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
-                    self._versions.setdefault(path.stem, set()).add((status.st_ino, status.st_mtime_ns))
+                    self._versions.setdefault(path.stem[:5], set()).add((status.st_ino, status.st_mtime_ns))
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -35,7 +35,9 @@ def test_macro_f1_leaves_out_classes_that_no_label_has() -> None:
 
 def test_regression_scores_are_those_of_scikit_learn() -> None:
     labels, predicted = GENERATOR.normal(size=(2, 100))
-    scores = metrics.regression_scores(predicted, labels)
+    totals = metrics.RegressionTotals()
+    totals.add(predicted, labels)
+    scores = totals.scores()
     assert scores.mse == pytest.approx(mean_squared_error(labels, predicted))
     assert scores.mae == pytest.approx(mean_absolute_error(labels, predicted))
     assert scores.r2 == pytest.approx(r2_score(labels, predicted))

@@ -85,7 +85,7 @@ def test_a_version_token_makes_the_engine_see_an_adapter_that_was_stored_elsewhe
 def test_an_erased_users_adapter_leaves_the_cache_and_the_store_refuses_it_afterwards(engine: InferenceEngine, store: AdapterStore) -> None:
     assert engine.predict([(USERS[0], TEXTS[0])])[0].personalization == "adapter"
     store.erase(store.key(USERS[0]))
-    engine.loaded.reader.refresh_tombstones()
+    store.tombstones()  # the readers of a store share what it knows
     engine.cache.evict([store.key(USERS[0])])
     assert engine.predict([(USERS[0], TEXTS[0])])[0].personalization == "population"
 
@@ -294,6 +294,6 @@ def test_a_closed_engine_says_so_to_whoever_comes_late(engine: InferenceEngine) 
 def test_an_adapter_admitted_after_its_users_erasure_is_not_served(engine: InferenceEngine, store: AdapterStore) -> None:
     adapter = fresh(engine, "somebody", np.ones(DIM))
     store.erase(adapter.key)
-    engine.loaded.reader.refresh_tombstones()
+    store.tombstones()  # the readers of a store share what it knows
     engine.admit(adapter)
     assert engine.predict([("somebody", TEXTS[0])])[0].personalization == "population"

@@ -82,7 +82,7 @@ def test_a_restarted_writer_skips_finished_waves_and_repairs_damaged_ones(store:
     store.objects.write("generations/g1/segments/00002.safetensors", data[:-3])
     again = store.begin("g1")
     assert again.finished_waves() == {0: first[0]} and again.version == writer.version
-    assert again.shared_ref() == writer.shared_ref() and again.read_shared() is not None
+    assert again.shared_ref() == writer.shared_ref() is not None
     with pytest.raises(StoreError, match="4 users in 1 finished waves, expected 12"):
         again.commit(expected_users=12, model=MODEL, adapter_config={})
     assert store.generations() == []

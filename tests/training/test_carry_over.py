@@ -115,13 +115,14 @@ def test_exactly_the_users_with_new_rows_are_fitted_and_everybody_else_comes_ove
 
     writer = store.begin("next")
     writer.copy_shared(store.objects.read(base.reader.manifest.shared.path))
-    users = WaveUsers(plans, base.reader, writer)
+    users, told = WaveUsers(plans, base.reader, writer), []
     for wave in plan.waves:
         keys = users.to_fit(wave)
         records, examples = np.full((len(keys), WIDTH), 1000, np.float32), np.full(len(keys), 9, np.int32)
-        users.write(wave, SegmentUsers(keys, records, examples), users.unchanged(wave, store.tombstones().keys()))
+        users.write(wave, SegmentUsers(keys, records, examples), users.unchanged(wave, store.tombstones().keys()), told.append)
     writer.commit(expected_users=len(everybody), model=ModelRef(name="m", weight_hash="0"), adapter_config={})
     reader = store.open_generation()
+    assert {segment.sha256 for segment in reader.manifest.segments} == {segment for segment in told if segment}
     assert reader.basis == base.reader.basis and {key_of(user) for user in everybody} == set(reader.keys())
     for user in everybody:
         adapter = reader.get(key_of(user))
@@ -338,7 +339,7 @@ def test_copying_a_wave_takes_the_memory_that_was_planned_for_it(tiny_tree: dict
     )
     wave, whole = Wave(0, 0, 0, users), WaveUsers({0: plan}, reader, again)
     tracemalloc.start()
-    whole.write(wave, SegmentUsers(keys[:0], np.empty((0, width), np.float32), nothing[:0]), whole.unchanged(wave, set()))
+    whole.write(wave, SegmentUsers(keys[:0], np.empty((0, width), np.float32), nothing[:0]), whole.unchanged(wave, set()), lambda segment: None)
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     planned = wave_bytes(parse_settings(tiny_tree), 2, width)(0, 0, users)

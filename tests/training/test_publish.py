@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,56 +40,113 @@ def outcome(users: int) -> WaveOutcome:
     )  # fmt: skip
 
 
-def plan_of(keys: np.ndarray) -> Plan:
-    builder = PlanBuilder(WaveLimits(PER_WAVE, 2**30, lambda users, rows, copied: 1))
-    builder.add(0, PartitionPlan.fit_all(TrainedUsers(keys, np.ones((len(keys), 16), np.uint8), np.full(len(keys), 3, np.int32))))
-    return builder.build()
+@dataclass
+class Job:
+    """A run whose three waves of two users each were planned; the tests write waves as workers would."""
+
+    store: AdapterStore
+    run: RunState
+    assignment: Assignment
+    plan: Plan
+    keys: np.ndarray
+
+    @classmethod
+    def begin(cls, folder: Path, tree: dict[str, Any]) -> Job:
+        store = AdapterStore(str(folder / "store"))
+        run = RunState(store.objects, "0" * 32)
+        generation = run.begin()[0].generation
+        keys = np.frombuffer(b"".join(sorted(store.key(f"u{number}") for number in range(USERS))), np.uint8).reshape(-1, 16)
+        partition = PartitionPlan.fit_all(TrainedUsers(keys, np.ones((USERS, 16), np.uint8), np.full(USERS, 3, np.int32)))
+        builder = PlanBuilder(WaveLimits(PER_WAVE, 2**30, lambda users, rows, copied: 1))
+        builder.add(0, partition)
+        run.plan.save_partition(0, partition)
+        plan = run.plan.save(builder.build(), np.empty(0, np.uint64))
+        store.begin(generation).write_shared({"B": np.ones((2, 2), np.float32)}, {})
+        return cls(store, run, Assignment(parse_settings(tree), "0" * 32, generation, LABELS, "unused", plan.waves), plan, keys)
+
+    def write(self, wave: int, users: int, value: float = 1.0, *, segment: bool = True) -> None:
+        """A worker's wave with its first `users` users; without `segment`, it is stopped just before it writes that."""
+        keys = self.keys[self.plan.waves[wave].start :][:users]
+
+        def announce(sha256: str | None) -> None:
+            self.run.save_wave(wave, outcome(users), sha256)
+            if not segment:
+                raise InterruptedError
+
+        if not users:
+            announce(None)
+            return
+        records, examples = np.full((users, DIM), value, np.float32), np.full(users, 3, np.int32)
+        with contextlib.suppress(InterruptedError):
+            self.store.resume(self.assignment.generation).write_segment(wave, keys, records, examples, announce)
+
+    def end(self) -> int:
+        """What the driver does once all workers say that they are done; returns how many users it published."""
+        counts = PartitionCounts(users=USERS, train_users=USERS, rows={"train": 18, "validation": 0, "test": 0}, tokens=18)
+        stats = PartitionStats(
+            digest="", partitions=[counts], label_counts={"train": {"no": 9, "yes": 9}, "validation": {}, "test": {}}, skipped={}
+        )
+        segments = self.store.resume(self.assignment.generation).finished_waves()
+        totals = add_up(self.assignment, self.run, stats, segments, self.store.tombstones().keys())
+        report = TrainingReport(self.assignment, self.plan, stats, totals, History(self.store.objects, self.run.folder), 1.0)
+        prepared = Prepared(self.store, self.run, self.assignment, stats, "weights", ModelSize(DIM, 0), self.plan, None)
+        return publish(prepared, report, segments, ProgressLine(), seconds=1.0).users
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_tree: dict[str, Any]) -> Job:
+    return Job.begin(tmp_path, tiny_tree)
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "segments", "message"),
+    ("second_wave", "message"),
     [
-        ({0: 2, 2: 2}, {0: 2, 2: 2}, "1 of 3 waves are not trained .the first is 1.: run the job again"),
-        ({0: 2, 1: 1, 2: 2}, {0: 2, 1: 1, 2: 2}, "the waves hold 5 users, but 6 were planned"),
-        ({0: 2, 1: 2, 2: 2}, {0: 2, 2: 2}, "has 4 users in 2 finished waves, expected 6: run the job again"),
-        ({0: 2, 1: 2, 2: 2}, {0: 2, 1: 1, 2: 2}, "has 5 users in 3 finished waves, expected 6"),
-        ({0: 2, 1: 2, 2: 2}, {0: 2, 1: 2, 2: 2}, None),
+        (None, "1 of 3 waves are not trained .the first is 1.: run the job again"),
+        ({"users": 2, "segment": False}, "1 of 3 waves are not trained .the first is 1."),
+        ({"users": 1}, "wave 1 holds 1 users, but 2 were planned and 0 erased"),
+        ({"users": 0}, "wave 1 holds 0 users, but 2 were planned and 0 erased"),
     ],
 )
 def test_a_generation_with_a_missing_wave_or_fewer_users_than_planned_is_not_published(
-    tmp_path: Path, tiny_tree: dict[str, Any], outcomes: dict[int, int], segments: dict[int, int], message: str | None
+    job: Job, second_wave: dict[str, Any] | None, message: str
 ) -> None:
-    store = AdapterStore(str(tmp_path / "store"))
-    run = RunState(store.objects, "0" * 32)
-    generation, _ = run.begin()
-    keys = np.frombuffer(b"".join(sorted(store.key(f"u{number}") for number in range(USERS))), np.uint8).reshape(-1, 16)
-    plan = plan_of(keys)
-    waves = plan.waves
-    writer = store.begin(generation)
-    writer.write_shared({"B": np.ones((2, 2), np.float32)}, {})
-    for wave in waves:
-        if wave.index in outcomes:
-            run.save_wave(wave.index, outcome(outcomes[wave.index]))
-        if wave.index in segments:
-            mine = keys[wave.start : wave.start + segments[wave.index]]
-            writer.write_segment(wave.index, mine, np.ones((len(mine), DIM), np.float32), np.full(len(mine), 3, np.int32))
-    counts = PartitionCounts(users=USERS, train_users=USERS, rows={"train": 18, "validation": 0, "test": 0}, tokens=18)
-    stats = PartitionStats(
-        digest="", partitions=[counts], label_counts={"train": {"no": 9, "yes": 9}, "validation": {}, "test": {}}, skipped={}
-    )
-    assignment = Assignment(parse_settings(tiny_tree), "0" * 32, generation, LABELS, "unused", waves)
-
-    def end_of_the_run() -> int:
-        totals = add_up(assignment, run, stats, erased=0)
-        report = TrainingReport(assignment, plan, stats, totals, History(store.objects, run.folder), 1.0)
-        prepared = Prepared(store, run, assignment, stats, "weights", ModelSize(DIM, 0), plan, None)
-        return publish(prepared, report, ProgressLine(), seconds=1.0).users
-
-    if message is None:
-        assert end_of_the_run() == store.open_generation().users == USERS
-        values, files = stored_report(store, generation)  # what a start that only finishes hands to telemetry
-        assert values["generation"] == generation and set(files) == {"report.json", "report.html"}
-        return
+    job.write(0, 2)
+    job.write(2, 2)
+    if second_wave is not None:
+        job.write(1, **second_wave)
     with pytest.raises(StoreError, match=message):
-        end_of_the_run()
-    assert store.current() is None and store.generations() == []
+        job.end()
+    assert job.store.current() is None and job.store.generations() == []
+
+
+def test_a_generation_with_every_planned_user_is_published_with_its_report(job: Job) -> None:
+    for wave in range(3):
+        job.write(wave, 2)
+    assert job.end() == job.store.open_generation().users == USERS
+    values, files = stored_report(job.store, job.assignment.generation)  # what a start that only finishes hands to telemetry
+    assert values["generation"] == job.assignment.generation and set(files) == {"report.json", "report.html"}
+
+
+@pytest.mark.parametrize("erased_place", [1, 5])
+def test_only_the_erased_users_of_a_wave_itself_may_be_missing_from_it(job: Job, erased_place: int) -> None:
+    job.store.erase(job.keys[erased_place].tobytes())
+    job.write(0, 1)
+    job.write(1, 2)
+    job.write(2, 2)
+    if erased_place == 1:
+        assert job.end() == USERS - 1
+    else:
+        with pytest.raises(StoreError, match="wave 0 holds 1 users, but 2 were planned and 0 erased"):
+            job.end()
+
+
+@pytest.mark.parametrize("late", ["a worker given up for dead", "its successor"])
+def test_of_two_workers_that_fit_one_wave_the_first_segment_counts_with_its_own_outcome(job: Job, late: str) -> None:
+    job.store.erase(job.keys[1].tobytes())  # before the one and after the other has looked for erasures
+    attempts = [(2, 1.0), (1, 2.0)]
+    for users, value in attempts if late == "its successor" else reversed(attempts):
+        job.write(0, users, value)
+    job.write(1, 2)
+    job.write(2, 2)
+    published = job.end()
+    assert published == (USERS if late == "its successor" else USERS - 1) == job.store.generations()[0].users

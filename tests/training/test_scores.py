@@ -115,10 +115,10 @@ def test_memory_does_not_grow_with_test_rows() -> None:
     for rows in (1_000, 30_000):
         run = RunState(objects, f"run{rows}")
         for wave in range(12):
-            run.save_wave(wave, outcome(np.random.default_rng(wave), 50, rows, 3))
+            run.save_wave(wave, outcome(np.random.default_rng(wave), 50, rows, 3), None)
         totals = WaveTotals(CLASSES, stats(np.ones(3)))
         tracemalloc.start()
-        for _, found in run.load_waves(range(12)):
+        for _, found in run.load_waves(dict.fromkeys(range(12))):
             totals.add(found)
         del found
         held[rows], peaks[rows] = tracemalloc.get_traced_memory()
