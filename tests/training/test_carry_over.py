@@ -339,7 +339,8 @@ def test_copying_a_wave_takes_the_memory_that_was_planned_for_it(tiny_tree: dict
     )
     wave, whole = Wave(0, 0, 0, users), WaveUsers({0: plan}, reader, again)
     tracemalloc.start()
-    whole.write(wave, SegmentUsers(keys[:0], np.empty((0, width), np.float32), nothing[:0]), whole.unchanged(wave, set()), lambda segment: None)
+    nobody = SegmentUsers(keys[:0], np.empty((0, width), np.float32), nothing[:0])
+    whole.write(wave, nobody, whole.unchanged(wave, set()), lambda segment: None)
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     planned = wave_bytes(parse_settings(tiny_tree), 2, width)(0, 0, users)
