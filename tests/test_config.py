@@ -34,6 +34,8 @@ from plora_ray.errors import ConfigError
         ({"adapter": {"kind": "lora"}, "training": {"mutual_information": {"weight": 1}}}, "mutual_information needs user vectors"),
         ({"adapter": {"kind": "lora", "user_dim": 8}}, "adapter.user_dim means nothing with adapter.kind lora: remove it"),
         ({"training": {"user_solver": "adam", "adam": {"pull": 3}}}, "training.adam.pull means nothing with adapter.kind plora"),
+        ({"training": {"num_workers": True}}, "'training.num_workers': write a number"),
+        ({"training": {"activation_disk_mb": 9}}, "activation_disk_mb means nothing without adapter.top_layers"),
         ({"training": {"adam": {"epochs": 3}}}, "training.adam.epochs means nothing to training.user_solver newton"),
     ],
 )

@@ -85,11 +85,6 @@ class Linearisation:
     logits: Tensor
     jacobian: Tensor
 
-    def predict(self, texts: Tensor, vectors: Tensor, task: Task) -> Tensor:
-        """Approximate logits [rows, outputs] (up to a constant a row) of `texts` [rows] for user vectors [rows, d]."""
-        free = _free(self.logits, task)[texts] + torch.einsum("rfd,rd->rf", self.jacobian[texts], (vectors - self.point).float())
-        return free if task == "regression" else F.pad(free, (0, 1))
-
 
 def _free(logits: Tensor, task: Task) -> Tensor:
     return logits if task == "regression" else logits[:, :-1] - logits[:, -1:]

@@ -49,8 +49,8 @@ class PrivateLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         if self.context.vectors is None:
-            low = F.linear(self.dropout(x).to(self.A.dtype), self.A)
-            return y + F.linear(low * self.scaling, self.B).to(y.dtype)
+            low = F.linear(self.dropout(x), self.A.to(y.dtype))
+            return y + F.linear(low, self.B.to(y.dtype)) * self.scaling
         self.context.check_rows(x)
         a, b = (matrix.to(y.dtype) for matrix in self.context.matrices[self.name])
         low = torch.bmm(self.dropout(x).reshape(len(a), -1, x.shape[-1]), a.mT)

@@ -27,9 +27,7 @@ class Collected:
     size: int
 
 
-def collect(
-    store: AdapterStore, *, keep: int, grace_s: float, needed: Set[str] = frozenset(), dry_run: bool = False
-) -> list[Collected]:
+def collect(store: AdapterStore, *, keep: int, grace_s: float, needed: Set[str] = frozenset(), dry_run: bool = False) -> list[Collected]:
     """Delete published generations beyond the newest `keep` and unfinished ones, begun longer than `grace_s` ago.
 
     needed: generations that jobs at work make or start from; they stay.

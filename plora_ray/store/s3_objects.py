@@ -57,9 +57,7 @@ class S3Objects:
     def find(self, folder: str) -> list[tuple[str, int, str, float]]:
         found = self._fs().find(self._full(folder), detail=True)
         start = len(self._root) + 1
-        return [
-            (name[start:], int(entry["size"]), str(entry["ETag"]), entry["LastModified"].timestamp()) for name, entry in found.items()
-        ]
+        return [(name[start:], int(entry["size"]), str(entry["ETag"]), entry["LastModified"].timestamp()) for name, entry in found.items()]
 
     def folders(self, folder: str) -> list[str]:
         try:

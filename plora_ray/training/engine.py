@@ -6,11 +6,9 @@ Under ZeRO-3 every forward pass gathers parameters from all ranks, so all ranks 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -26,23 +24,6 @@ Item = TypeVar("Item")
 SHARD_ABOVE_SHARE = 0.5  # of a device's memory: beyond it a replicated frozen model leaves too little for activations
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PER_WORKER_BYTES_CPU = 4 * 2**30  # what a CPU rank is assumed to have for a model copy
-# Keys of a DeepSpeed configuration that other settings decide, and which ones.
-OWN_KEYS = {
-    "optimizer": "training.learning_rate and training.weight_decay",
-    "scheduler": "training.warmup_fraction",
-    "train_batch_size": "training.batch_rows",
-    "train_micro_batch_size_per_gpu": "training.batch_rows",
-    "gradient_accumulation_steps": "training.batch_rows",
-    "gradient_clipping": "training.gradient_clipping",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "amp": "model.dtype",
-    "torch_autocast": "model.dtype",
-    "zero_optimization.stage": "training.sharding",
-    "zero_optimization.offload_param.device": "training.offload",
-    "zero_optimization.offload_param.nvme_path": "training.offload_dir",
-    "zero_optimization.offload_optimizer": "nothing: what is trained is too small to offload, the frozen model isn't: training.offload",
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +31,7 @@ class EngineOptions:
     """How the engine holds the model; none of it changes what is trained.
 
     offload: where the frozen shards lie between two uses; only with zero3. offload_dir: a directory for nvme, on each node.
-    profile: further DeepSpeed settings, as `read_profile` returns them.
+    profile: further DeepSpeed settings, as `deepspeed_profile.read_profile` returns them.
     """
 
     sharding: Sharding
@@ -83,23 +64,11 @@ def choose_sharding(wanted: Literal["zero3", "replicated", "auto"], parameter_by
     return "zero3" if parameter_bytes > SHARD_ABOVE_SHARE * memory else "replicated"
 
 
-def read_profile(path: str | Path) -> dict[str, Any]:
-    """The DeepSpeed settings of a JSON file. Raises ConfigError if it can't be read or sets what other settings decide."""
-    try:
-        profile = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read training.deepspeed_profile {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"training.deepspeed_profile {path} is not valid JSON: {error}") from error
-    if not isinstance(profile, dict):
-        raise ConfigError(f"training.deepspeed_profile {path} must hold an object of DeepSpeed settings, found {type(profile).__name__}")
-    for key, instead in OWN_KEYS.items():
-        section: Any = profile
-        for part in key.split("."):
-            section = section.get(part) if isinstance(section, dict) else None
-        if section is not None:
-            raise ConfigError(f"training.deepspeed_profile {path} sets '{key}', which is decided by {instead}: take it out")
-    return profile
+def agree_on_sharding(here: Sharding) -> Sharding:
+    """What all ranks do, given what this one would: devices of different sizes may choose differently, and the smallest decides."""
+    chosen: list[Sharding] = [here] * dist.get_world_size()
+    dist.all_gather_object(chosen, here)
+    return "zero3" if "zero3" in chosen else "replicated"
 
 
 def require_offload(offload: Offload) -> None:

@@ -36,7 +36,7 @@ class NewtonFitter:
 
     def fit(self, users: np.ndarray, train: np.ndarray) -> FittedUsers:
         parts = []
-        for block in self._passes.in_step(self._blocks(users, train)):
+        for block in self._passes.in_step(newton_blocks(users, train, self._rows, len(self._prior.mean), self._passes.outputs)):
             mine, rows = block or (NO_ROWS, NO_ROWS)
             linear, texts = self._passes.linearise(rows, self._prior.mean)
             if block is not None:
@@ -49,21 +49,21 @@ class NewtonFitter:
         )
         return FittedUsers(vectors, converged, remaining)
 
-    def _blocks(self, users: np.ndarray, train: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Users and their rows in blocks of about NEWTON_BLOCK_BYTES, at least one user each."""
-        dim = len(self._prior.mean)
-        starts = np.searchsorted(self._rows.row_users[train], users)
-        stops = np.append(starts[1:], len(train)) if len(users) else starts
-        held = newton_user_bytes(dim) + (stops - starts) * newton_row_bytes(dim, self._passes.outputs)
-        blocks, first, total = [], 0, 0
-        for place, size in enumerate(held.tolist()):
-            if place > first and total + size > NEWTON_BLOCK_BYTES:
-                blocks.append((users[first:place], train[starts[first] : starts[place]]))
-                first, total = place, 0
-            total += size
-        if len(users):
-            blocks.append((users[first:], train[starts[first] :]))
-        return blocks
+
+def newton_blocks(users: np.ndarray, train: np.ndarray, rows: RankRows, dim: int, outputs: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Users and their training rows, both ascending, in blocks of about NEWTON_BLOCK_BYTES, at least one user each."""
+    starts = np.searchsorted(rows.row_users[train], users)
+    stops = np.append(starts[1:], len(train)) if len(users) else starts
+    held = newton_user_bytes(dim) + (stops - starts) * newton_row_bytes(dim, outputs)
+    blocks, first, total = [], 0, 0
+    for place, size in enumerate(held.tolist()):
+        if place > first and total + size > NEWTON_BLOCK_BYTES:
+            blocks.append((users[first:place], train[starts[first] : starts[place]]))
+            first, total = place, 0
+        total += size
+    if len(users):
+        blocks.append((users[first:], train[starts[first] :]))
+    return blocks
 
 
 class AdamFitter:

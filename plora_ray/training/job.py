@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 import uuid
@@ -33,6 +34,8 @@ from plora_ray.training.watcher import Watcher
 from plora_ray.training.waves import Wave
 
 REASON_CHARS = 500
+# Ranks may wait for each other as long as the slowest works on its own users; one that is dead is noticed by Ray Train, not by this.
+COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
 
 
 class TrainingFailed(PloraError):
@@ -41,6 +44,8 @@ class TrainingFailed(PloraError):
 
 def _train_loop(config: dict[str, Any]) -> None:
     """What Ray Train runs in every worker."""
+    if not config["use_gpu"]:  # on a node with a GPU, too
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     context = ray.train.get_context()
     assignment = Assignment(
         settings=parse_settings(config["settings"]),
@@ -135,11 +140,12 @@ def _trainer(prepared: Prepared, board: Any, workers: int | tuple[int, int], use
             "deepspeed_profile": prepared.assignment.deepspeed_profile,
             "base": prepared.assignment.base,
             "board": board,
+            "use_gpu": use_gpu,
         },
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, elastic_resize_monitor_interval_s=settings.training.resize_check_s,
         ),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=RunConfig(
             name="train-all", storage_path=ray_folder,
             failure_config=FailureConfig(max_failures=settings.training.max_failures),

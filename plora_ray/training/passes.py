@@ -23,6 +23,7 @@ from plora_ray.training.rank_rows import RankRows
 Item = TypeVar("Item")
 
 CACHE_BYTES = 256 * 2**20
+ENTRY_BYTES = 1024  # what an entry holds beside its numbers: the array's head, the text that names it, the cache's own records
 
 
 class FrozenPasses:
@@ -44,9 +45,7 @@ class FrozenPasses:
         self._trainer, self._model, self._rows, self._below = trainer, model, rows, below
         self.max_tokens, self.max_rows = batch_tokens, batch_rows
         self._point: Tensor | None = None
-        self._cache: LRUCache[bytes, tuple[Tensor, Tensor]] = LRUCache(
-            CACHE_BYTES, getsizeof=lambda value: sum(t.numel() * t.element_size() for t in value)
-        )
+        self._cache: LRUCache[bytes, np.ndarray] = LRUCache(CACHE_BYTES, getsizeof=lambda value: value.nbytes + ENTRY_BYTES)
 
     @property
     def outputs(self) -> int:
@@ -76,25 +75,29 @@ class FrozenPasses:
             self._cache.clear()
             self._point = point.clone()
         firsts, index = self._distinct(rows)
-        names = [self._rows.text(row) for row in firsts]
-        known = {name: self._cache[name] for name in names if name in self._cache}
-        wanted = np.array([row for row, name in zip(firsts, names, strict=True) if name not in known], np.int64)
-        for batch, real in self._batches(wanted):
-            ids, mask = self._rows.inputs(batch, self._trainer.device)
-            with self._below(batch, ids, mask):
-                logits, jacobian = linearise(self._model, ids, mask, point.float(), self._model.spec.task)
-            if not real:
-                continue
-            for row, z, j in zip(batch, logits.cpu(), jacobian.cpu(), strict=True):
-                known[self._rows.text(row)] = (z, j)
-        for name in names:
-            if self._cache.getsizeof(known[name]) <= self._cache.maxsize:
-                self._cache[name] = known[name]
         outputs, dim = self._model.spec.outputs, len(point)
         free = 1 if self._model.spec.task == "regression" else outputs - 1
-        logits = torch.stack([known[name][0] for name in names]) if names else torch.empty(0, outputs)
-        jacobian = torch.stack([known[name][1] for name in names]) if names else torch.empty(0, free, dim)
-        return Linearisation(point.float(), logits, jacobian), torch.from_numpy(index)
+        found = np.empty((len(firsts), outputs + free * dim), np.float32)
+        wanted = []
+        for place, row in enumerate(firsts):
+            kept = self._cache.get(self._rows.text(row))
+            if kept is None:
+                wanted.append(place)
+            else:
+                found[place] = kept
+        places = np.array(wanted, np.int64)
+        for batch, real in self._batches(places, self._rows.lengths[firsts[places]]):
+            ids, mask = self._rows.inputs(firsts[batch], self._trainer.device)
+            with self._below(firsts[batch], ids, mask):
+                logits, jacobian = linearise(self._model, ids, mask, point.float(), self._model.spec.task)
+            if real:
+                found[batch] = torch.cat([logits, jacobian.flatten(1)], dim=1).cpu().numpy()
+        for place in wanted:
+            if found[place].nbytes + ENTRY_BYTES <= self._cache.maxsize:
+                self._cache[self._rows.text(firsts[place])] = found[place].copy()
+        numbers = torch.from_numpy(found)
+        linear = Linearisation(point.float(), numbers[:, :outputs], numbers[:, outputs:].reshape(len(firsts), free, dim))
+        return linear, torch.from_numpy(index)
 
     def population_logits(self, rows: np.ndarray) -> Tensor:
         """Logits [rows, outputs] with no user; each different text is computed once."""
@@ -117,9 +120,8 @@ class FrozenPasses:
                 result[places] = logits.cpu()
         return result
 
-    def _batches(self, items: np.ndarray, lengths: np.ndarray | None = None) -> list[tuple[np.ndarray, bool]]:
-        """Batches of `items` (rows unless `lengths` are given), with idle passes while other ranks still work."""
-        lengths = self._rows.lengths[items] if lengths is None else lengths
+    def _batches(self, items: np.ndarray, lengths: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+        """Batches of `items`, whose texts have `lengths` [items] tokens, with idle passes while other ranks still work."""
         groups = token_budget_batches(lengths, max_tokens=self.max_tokens, max_rows=self.max_rows, shuffle_seed=None)
         batches = [items[group] for group in groups]
         return [(batch, real) for batch, real, _ in self._trainer.lockstep(batches, np.empty(0, np.int64))]

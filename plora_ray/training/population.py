@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from plora_ray.config import TrainingSettings
 from plora_ray.data.batches import token_budget_batches
+from plora_ray.errors import PloraError
 from plora_ray.training.activations import Below, whole_passes
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import ShardedTrainer
@@ -26,6 +27,10 @@ from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
 
 REPORT_EVERY_STEPS = 10
+
+
+class TrainingDiverged(PloraError):
+    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class _SinceReport:
 class PopulationStage:
     """One rank's part of the stage. `rank` and `seed` only decide the order in which rows are met.
 
-    table: None without users. below: see LowerActivations.under.
+    table: None without users. below: see LowerActivations.under. An epoch draws the same numbers whether the job was stopped before
+    it or not.
     """
 
     trainer: ShardedTrainer
@@ -83,14 +89,14 @@ class PopulationStage:
         """Train from the last checkpoint, or from the start, to the last epoch. All ranks must call."""
         epoch, step = self.checkpoints.restore(self.trainer, self.rows, self.table)
         while epoch < self.settings.epochs:
-            batches = self._batches(epoch)
-            step = self._epoch(batches, step)
+            seed = (self.settings.seed * 1009 + epoch) * 65537 + self.rank
+            torch.manual_seed(seed)  # dropout; ranks draw differently
+            step = self._epoch(self._batches(seed), step)
             epoch += 1
             self.checkpoints.save(epoch, step, self.trainer, self.rows, self.table)
             self.on_epoch()
 
-    def _batches(self, epoch: int) -> list[np.ndarray]:
-        seed = (self.settings.seed * 1009 + epoch) * 65537 + self.rank
+    def _batches(self, seed: int) -> list[np.ndarray]:
         rows = draw_share(self.rows.of_split("train"), self.settings.population_fraction, seed)
         groups = token_budget_batches(
             self.rows.lengths[rows], max_tokens=self.settings.batch_tokens, max_rows=self.settings.batch_rows, shuffle_seed=seed
@@ -121,9 +127,7 @@ class PopulationStage:
             return since
         mean = torch.stack(since.losses).mean().item()
         if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the training loss became {mean} at step {step}: lower training.learning_rate or use model.dtype=fp32"
-            )
+            raise TrainingDiverged(f"the training loss became {mean} at step {step}: lower training.learning_rate or use model.dtype=fp32")
         rate, seconds = self.settings.learning_rate * factor, time.monotonic() - since.began
         self.on_steps(StepsDone(step, steps_in_all, since.count, mean, rate, since.rows, seconds))
         return _SinceReport()

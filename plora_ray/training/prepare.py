@@ -17,7 +17,8 @@ from plora_ray.errors import ConfigError, StoreError
 from plora_ray.store import AdapterStore
 from plora_ray.store.retries import retrying
 from plora_ray.training.carry_over import ANEW, Base, plan_new_data
-from plora_ray.training.engine import read_profile, require_offload
+from plora_ray.training.deepspeed_profile import read_profile
+from plora_ray.training.engine import require_offload
 from plora_ray.training.memory import MAX_USERS_PER_WAVE, ModelSize, wave_bytes
 from plora_ray.training.plan import PartitionPlan, Plan, PlanBuilder
 from plora_ray.training.progress import ProgressLine
@@ -54,7 +55,9 @@ def prepare(settings: Settings, line: ProgressLine, *, dry_run: bool = False) ->
     With dry_run the plan isn't kept: the run that follows makes its own, of what stands in the store by then.
     """
     check_telemetry(settings.training)
-    profile = {} if settings.training.deepspeed_profile is None else read_profile(settings.training.deepspeed_profile)
+    profile = (
+        {} if settings.training.deepspeed_profile is None else read_profile(settings.training.deepspeed_profile, settings.training.offload)
+    )
     require_offload(settings.training.offload)
     weights = weight_hash(settings.model.name)
     load_tokenizer(settings.model.name)

@@ -7,13 +7,15 @@ say of them. Moments alone measure where an optimiser with a step size and a num
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from plora_ray.adapters.fit import PosteriorMoments, UserPrior, posterior_moments, prior_from_moments
 from plora_ray.adapters.model import Task
+from plora_ray.training.fitters import newton_blocks
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
@@ -27,13 +29,17 @@ CALIBRATION_ROWS = 1024  # training rows a rank looks at
 def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
     """The prior that all ranks agree on. All ranks must call; needs no validation rows."""
     prior = _moments_of(table, rows)
-    users = _calibration_users(rows)
+    users, dim = _calibration_users(rows), len(prior.mean)
     train = rows.of_split("train", users)
     linear, texts = passes.linearise(train, prior.mean)
-    local = torch.from_numpy(np.searchsorted(users, rows.row_users[train]))
+    blocks = newton_blocks(users, train, rows, dim, passes.outputs)
+
+    def moments_of(under: UserPrior, mine: np.ndarray, own: np.ndarray) -> PosteriorMoments:
+        local = torch.from_numpy(np.searchsorted(mine, rows.row_users[own]))
+        return posterior_moments(linear, texts[np.searchsorted(train, own)], rows.labels[own], local, len(mine), under, task)
 
     def posterior(under: UserPrior) -> PosteriorMoments:
-        return _summed(posterior_moments(linear, texts, rows.labels[train], local, len(users), under, task))
+        return _summed((moments_of(under, mine, own) for mine, own in blocks), dim)
 
     prior = max((prior.scaled(scale) for scale in SCALES), key=lambda scaled: posterior(scaled).log_evidence)
     before = posterior(prior)
@@ -62,11 +68,12 @@ def _calibration_users(rows: RankRows) -> np.ndarray:
     return candidates[: int(np.searchsorted(np.cumsum(counts[candidates]), CALIBRATION_ROWS)) + 1]
 
 
-def _summed(moments: PosteriorMoments) -> PosteriorMoments:
-    """The moments over all ranks' users."""
-    dim = len(moments.total)
-    scalars = torch.tensor([moments.users, moments.rows, moments.squared_residuals, moments.log_evidence], dtype=torch.float64)
-    sums: Tensor = torch.cat([scalars, moments.total, moments.outer.flatten()])
+def _summed(parts: Iterable[PosteriorMoments], dim: int) -> PosteriorMoments:
+    """The moments of this rank's groups of users, over all ranks."""
+    sums = torch.zeros(4 + dim + dim * dim, dtype=torch.float64)
+    for part in parts:
+        scalars = torch.tensor([part.users, part.rows, part.squared_residuals, part.log_evidence], dtype=torch.float64)
+        sums += torch.cat([scalars, part.total, part.outer.flatten()])
     dist.all_reduce(sums)
     users, rows, squared, evidence = sums[:4].tolist()
     return PosteriorMoments(int(users), sums[4 : dim + 4], sums[dim + 4 :].view(dim, dim), int(rows), squared, evidence)

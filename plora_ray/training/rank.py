@@ -24,7 +24,7 @@ from plora_ray.data.partition import read_partition
 from plora_ray.store import AdapterStore, GenerationReader
 from plora_ray.training.activations import Below, LowerActivations, whole_passes
 from plora_ray.training.checkpoints import PopulationCheckpoints
-from plora_ray.training.engine import EngineOptions, ShardedTrainer, choose_sharding
+from plora_ray.training.engine import EngineOptions, ShardedTrainer, agree_on_sharding, choose_sharding
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.plan import PartitionPlan
@@ -167,7 +167,7 @@ def _build(assignment: Assignment, observer: Observer) -> tuple[ShardedTrainer, 
     objective = PopulationObjective(model, user_dropout=training.user_dropout, mutual_information=training.mutual_information.build())
     parameter_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     options = EngineOptions(
-        choose_sharding(training.sharding, parameter_bytes, training.offload), training.offload,
+        agree_on_sharding(choose_sharding(training.sharding, parameter_bytes, training.offload)), training.offload,
         None if training.offload_dir is None else str(training.offload_dir), assignment.deepspeed_profile,
     )  # fmt: skip
     trainer = ShardedTrainer(
@@ -175,7 +175,6 @@ def _build(assignment: Assignment, observer: Observer) -> tuple[ShardedTrainer, 
         weight_decay=training.weight_decay, gradient_clipping=training.gradient_clipping, batch_rows=training.batch_rows,
     )  # fmt: skip
     observer.on_model(ModelHeld(options.sharding, dist.get_world_size(), parameter_bytes, trainer.parameter_bytes_held()))
-    torch.manual_seed(training.seed * 7919 + dist.get_rank() + 1)  # dropout differs between ranks
     return trainer, model, halves
 
 

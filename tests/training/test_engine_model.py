@@ -22,7 +22,8 @@ from plora_ray.adapters.objective import MutualInformation, PopulationObjective
 from plora_ray.config import TrainingSettings
 from plora_ray.data.table import PartitionTable
 from plora_ray.training.activations import LowerActivations, whole_passes
-from plora_ray.training.engine import EngineOptions, ShardedTrainer, read_profile
+from plora_ray.training.deepspeed_profile import read_profile
+from plora_ray.training.engine import EngineOptions, ShardedTrainer
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.population import PopulationStage
 from plora_ray.training.rank_rows import RankRows
@@ -92,7 +93,7 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
     runs = count_lower_runs(model.plm)
     objective = PopulationObjective(model, user_dropout=0.0, mutual_information=MutualInformation())
     whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    profile = read_profile(PROFILES / case["profile"]) if "profile" in case else REAL
+    profile = read_profile(PROFILES / case["profile"], case.get("offload", "none")) if "profile" in case else REAL
     options = EngineOptions(case["sharding"], case.get("offload", "none"), None, profile)
     trainer = ShardedTrainer(
         objective, model.shared_parameters(), options=options, learning_rate=0.01, weight_decay=0.0, gradient_clipping=1.0, batch_rows=4

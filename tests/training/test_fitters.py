@@ -15,7 +15,7 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.data.table import PartitionTable
 from plora_ray.training import fitters
-from plora_ray.training.fitters import AdamFitter, NewtonFitter
+from plora_ray.training.fitters import AdamFitter, NewtonFitter, newton_blocks
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from tests.adapters.tiny import plm
@@ -72,7 +72,7 @@ def test_newton_in_blocks_of_bounded_memory_finds_what_it_finds_at_once(
     newton, users = NewtonFitter(passes, rows, PRIOR, "classification"), np.unique(rows.row_users[rows.of_split("train")])
     whole = fit(newton, rows, users)
     monkeypatch.setattr(fitters, "NEWTON_BLOCK_BYTES", 4000)
-    assert 3 < len(newton._blocks(users, rows.of_split("train", users))) <= len(users)
+    assert 3 < len(newton_blocks(users, rows.of_split("train", users), rows, DIM, 3)) <= len(users)
     blocks = fit(newton, rows, users)
     assert torch.allclose(blocks.vectors, whole.vectors, atol=1e-5) and whole.vectors.shape == (USERS, DIM)
     assert torch.allclose(blocks.remaining, whole.remaining, atol=1e-5) and bool((whole.remaining < 1).all())

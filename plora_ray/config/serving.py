@@ -1,0 +1,60 @@
+"""The HTTP application: its size, limits and doors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from plora_ray.config.section import Section
+
+
+class AuthSettings(Section):
+    """Bearer tokens (JWT). The verification key comes from the environment variable or the file named here.
+
+    algorithm None turns authentication off: for local runs, said loudly at start.
+    """
+
+    algorithm: Literal["HS256", "RS256", "ES256"] | None = None
+    key_env: str = "PLORA_JWT_KEY"
+    key_file: Path | None = None
+    issuer: str | None = None
+    audience: str | None = None
+
+
+class LimitSettings(Section):
+    """What one request may ask for; beyond it the answer is 413 or 422, before any work."""
+
+    body_bytes: int = Field(2_000_000, ge=1024)
+    inputs: int = Field(1024, ge=1)
+    text_chars: int = Field(20_000, ge=1)
+    examples: int = Field(256, ge=1)
+    queued_texts: int = Field(8192, ge=1)
+
+
+class ServingSettings(Section):
+    """The HTTP application. proxy haproxy: one hop, the production default; serve: the plain Ray Serve proxy.
+
+    refresh_s: how often a replica looks for a new generation and for erased users. adapter_max_age_s: after this long a cached
+    adapter is compared with the store again, which bounds how late a replica follows adaptations made elsewhere.
+    model_name: what the Open Inference Protocol calls the model.
+    """
+
+    replicas: int = Field(1, ge=1)
+    replica_cpus: float = Field(1.0, ge=0)
+    replica_gpus: float = Field(0.0, ge=0)
+    proxy: Literal["haproxy", "serve"] = "haproxy"
+    host: str = "127.0.0.1"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    batch_tokens: int = Field(4096, ge=16)
+    batch_rows: int = Field(64, ge=1)
+    batch_wait_ms: float = Field(2.0, ge=0, le=1000)
+    cache_bytes: int = Field(256 * 2**20, ge=0)
+    adapter_max_age_s: float = Field(30.0, gt=0)
+    unknown_user_ttl_s: float = Field(2.0, ge=0)
+    refresh_s: float = Field(1.0, gt=0)
+    model_name: str = Field("plora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    request_timeout_s: float = Field(30.0, gt=0)
+    limits: LimitSettings = LimitSettings()
+    auth: AuthSettings = AuthSettings()
