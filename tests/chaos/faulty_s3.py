@@ -21,16 +21,20 @@ HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "keep-alive"
 
 @dataclass
 class Outage:
-    """From the first request that matches `begins_at` ("PUT /bucket/key" style), everything fails for `seconds`."""
+    """From the first request that matches `begins_at` ("PUT /bucket/key" style), after `spared` others, everything fails for `seconds`."""
 
     fault: Fault
     begins_at: re.Pattern[str]
     seconds: float
+    spared: int = 0
     began_s: float | None = None
 
     def covers(self, request: str) -> bool:
         if self.began_s is None:
             if not self.begins_at.search(request):
+                return False
+            if self.spared:
+                self.spared -= 1
                 return False
             self.began_s = time.monotonic()
         return time.monotonic() - self.began_s < self.seconds
@@ -53,9 +57,9 @@ class FaultyS3:
     def endpoint_url(self) -> str:
         return f"http://127.0.0.1:{self._http.server_port}"
 
-    def fail(self, fault: Fault, begins_at: str, seconds: float) -> Outage:
+    def fail(self, fault: Fault, begins_at: str, seconds: float, spared: int = 0) -> Outage:
         """Plan an outage; several may be planned, each begins at its own request."""
-        outage = Outage(fault, re.compile(begins_at), seconds)
+        outage = Outage(fault, re.compile(begins_at), seconds, spared)
         with self._lock:
             self._outages.append(outage)
         return outage

@@ -44,7 +44,7 @@ def test_a_short_outage_is_ridden_out_a_long_one_stops_the_job_in_one_line_and_t
 ) -> None:
     config = configure(many_waves, s3, tmp_path)
     ridden_out = s3.fail("503", r"PUT .*/population/", seconds=3)
-    s3.fail("SlowDown", r"PUT .*/segments/00003", seconds=3600)
+    s3.fail("SlowDown", SEGMENT, seconds=3600, spared=3)
     with Job(config, "training.store_retry_s=8", "training.max_failures=0") as job:
         message = job.error()
     assert ridden_out.began_s is not None
@@ -104,6 +104,6 @@ def test_beyond_its_time_a_call_ends_in_one_line_that_names_the_object(s3: Fault
     options = {"key": "k", "secret": "s", "endpoint_url": s3.endpoint_url, "client_kwargs": {"region_name": "us-east-1"}}
     s3.fail("503", "/plora", seconds=3600)
     with pytest.raises(StoreError, match=r"can't read s3://plora/x/a: ") as caught:
-        ObjectStore("s3://plora/x", options, retry_s=0.5).read("a")
+        ObjectStore("s3://plora/x", options, retry_s=3).read("a")
     assert "\n" not in str(caught.value)
     assert len(s3.failed) > 1

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from plora_ray.training.engine import EngineOptions, ShardedTrainer, choose_sharding
+from plora_ray.training.engine import EngineOptions, ShardedTrainer, Sharding, agree_on_sharding, choose_sharding
 
 STEPS = 6
 
@@ -92,3 +92,15 @@ def test_auto_shards_only_a_model_that_would_fill_the_device() -> None:
     assert choose_sharding("auto", 100 * 2**20) == "replicated"
     assert choose_sharding("auto", 2**50) == "zero3"
     assert choose_sharding("replicated", 2**50) == "replicated"
+
+
+def agreeing(index: int, folder: str, here: list[Sharding]) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/rendezvous", len(here)), rank=index, world_size=len(here))
+    Path(folder, f"chosen-{index}").write_text(agree_on_sharding(here[index]))
+    dist.barrier()
+    os._exit(0)
+
+
+def test_all_ranks_shard_if_the_device_of_one_of_them_is_too_small_for_a_copy(tmp_path: Path) -> None:
+    mp.spawn(agreeing, (str(tmp_path), ["replicated", "zero3"]), nprocs=2)  # type: ignore[no-untyped-call]
+    assert [(tmp_path / f"chosen-{index}").read_text() for index in range(2)] == ["zero3", "zero3"]

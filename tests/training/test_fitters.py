@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.fit import FittedUsers, UserPrior
@@ -15,9 +18,12 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.data.table import PartitionTable
 from plora_ray.training import fitters
+from plora_ray.training import passes as passes_module
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, newton_blocks
 from plora_ray.training.passes import FrozenPasses
+from plora_ray.training.prior import estimate_prior
 from plora_ray.training.rank_rows import RankRows
+from plora_ray.training.user_table import UserTable
 from tests.adapters.tiny import plm
 
 DIM, USERS = 5, 12
@@ -91,3 +97,40 @@ def test_adam_moves_users_towards_what_newton_finds_and_each_as_alone(rows: Rank
         assert torch.cosine_similarity(moved[user], newton[user], dim=0) > 0.9
     assert none_held_out and torch.isnan(found.remaining).all()
     assert torch.allclose(fit(adam, rows, users[4:5]).vectors[0], found.vectors[4], atol=1e-5)
+
+
+def test_the_passes_keep_no_more_bytes_than_they_may_and_forget_nothing_that_they_return(
+    rows: RankRows, passes: FrozenPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = rows.of_split("train")
+    whole, texts = passes.linearise(train, PRIOR.mean)
+    monkeypatch.setattr(passes_module, "CACHE_BYTES", 12_000)
+    small = FrozenPasses(OneRank(), passes._model, rows, batch_tokens=64, batch_rows=8)  # type: ignore[arg-type]
+    for _ in range(2):  # the second time some texts are known and some were dropped
+        linear, index = small.linearise(train, PRIOR.mean)
+        assert torch.allclose(linear.logits, whole.logits, atol=1e-6) and torch.allclose(linear.jacobian, whole.jacobian, atol=1e-6)
+        assert torch.equal(index, texts)
+    kept = dict(small._cache)
+    assert 0 < len(kept) < len(whole.logits)
+    held = sum(sys.getsizeof(name) + sys.getsizeof(numbers) for name, numbers in kept.items())
+    assert held <= 12_000 and all(numbers.base is None for numbers in kept.values()), "a view keeps its whole batch alive"
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of one rank."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "rendezvous"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_prior_is_the_same_whether_its_users_are_looked_at_together_or_in_blocks_of_bounded_memory(
+    rows: RankRows, passes: FrozenPasses, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = UserTable(USERS, DIM, learning_rate=0.1)
+    table.vectors.normal_(generator=torch.Generator().manual_seed(2))
+    table.steps[:] = 1
+    whole = estimate_prior(table, passes, rows, "classification")
+    monkeypatch.setattr(fitters, "NEWTON_BLOCK_BYTES", 4000)
+    blocks = estimate_prior(table, passes, rows, "classification")
+    assert torch.allclose(blocks.mean, whole.mean, atol=1e-8) and torch.allclose(blocks.precision, whole.precision, rtol=1e-6)
