@@ -10,6 +10,7 @@ from typing import Any
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # before anything imports ray; clusters of the tests listen on loopback only
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a proxy may start slowly on a busy machine
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a job of seconds needn't wait for the next look at its workers
 
 import pytest
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from plora_ray.adapters.blocks import find_blocks
 from plora_ray.adapters.fit_memory import fit_memory_bytes
 from plora_ray.adapters.model import PersonalizedModel
 from plora_ray.adapters.pretrained import DTYPES, plm_skeleton
@@ -30,10 +31,12 @@ class ModelSize:
 
     @classmethod
     def of(cls, settings: Settings, outputs: int) -> ModelSize:
-        """Counted on a model without weights. Raises ModelError if it has no layer to adapt."""
+        """Counted on a model without weights. Raises ModelError if it has no layer to adapt, or no blocks to run again."""
         spec, dtype = settings.adapter_spec(outputs), DTYPES[settings.model.dtype]
         with torch.device("meta"):
             model = PersonalizedModel(plm_skeleton(spec.model, dtype=dtype), spec)
+        if settings.training.gradient_checkpointing:
+            find_blocks(model.plm)
         return cls(model.user_width, sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
 
 
