@@ -22,7 +22,7 @@ from plora_ray.training.user_table import UserTable
 
 SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the moments' covariance, from which the best one is refined
 MOST_STEPS = 10
-ENOUGH_EVIDENCE = 1e-3  # a user: steps that gain less change held-out likelihood in the fourth digit (docs/solver.md)
+ENOUGH_EVIDENCE = 1e-3  # a user, in nats: steps that gain less aren't worth their time
 CALIBRATION_ROWS = 1024  # training rows a rank looks at
 
 
