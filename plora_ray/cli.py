@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,6 +192,26 @@ def generations_activate(generation: str, config: ConfigOption, overrides: SetOp
     store = _store(_settings(config, overrides))
     store.activate(generation)
     typer.echo(f"{generation} serves")
+
+
+@generations_app.command("compact")
+@reports_errors
+def generations_compact(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Make a generation of the current one, its fresh adapters taken in and erased users' records gone. Nothing is trained."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    settings = _settings(config, overrides)
+    from plora_ray.training.compaction import compact
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("writing users", total=None)
+        done = compact(_store(settings), lambda users, total: bar.update(task, completed=users, total=total))
+    if not done.changed:
+        typer.echo("nothing to do: no fresh adapter waits and no erased user's record is left", err=True)
+    elif not done.active:
+        typer.echo(f"another generation took over meanwhile: `plora generations activate {done.generation}` makes this one serve", err=True)
+    _print(asdict(done))
 
 
 @generations_app.command("gc")

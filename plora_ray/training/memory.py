@@ -47,9 +47,14 @@ def wave_bytes(settings: Settings, outputs: int, width: int) -> WaveBytes:
         fit = fit_memory_bytes(
             settings.user_fit().solver, users=users, rows=rows, width=width, outputs=outputs, pass_users=settings.training.batch_rows
         )
-        return fit + SEGMENT_COPIES * 4 * width * (users + copied) + COPIED_USER_BYTES * copied
+        return fit + SEGMENT_COPIES * 4 * width * users + copied_bytes(width, copied)
 
     return of
+
+
+def copied_bytes(width: int, users: int) -> int:
+    """Bytes that it takes to carry `users` records of `width` numbers from one segment to the next."""
+    return (SEGMENT_COPIES * 4 * width + COPIED_USER_BYTES) * users
 
 
 def rows_bytes(settings: Settings, partitions: Sequence[PartitionCounts], ranks: int) -> int:

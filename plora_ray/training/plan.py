@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
+from collections.abc import Set
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -169,6 +170,15 @@ class PlanFiles:
     def load_partition(self, partition: int) -> PartitionPlan:
         """A partition of the plan that holds. Raises StoreError before there is one."""
         return PartitionPlan(**load(self._objects.read(self._path(self._standing(), partition))))
+
+    def check_users(self, wave: Wave, users: int, erased: Set[bytes]) -> None:
+        """Raises StoreError unless a wave of so many `users` holds all that were planned, except those of its own that are `erased`."""
+        planned, gone = wave.stop - wave.start, 0
+        if users != planned:
+            keys = self.load_partition(wave.partition).keys[wave.start : wave.stop]
+            gone = sum(key.tobytes() in erased for key in keys)
+        if not planned - gone <= users <= planned:
+            raise StoreError(f"wave {wave.index} holds {users} users, but {planned} were planned and {gone} erased: run the job again")
 
     def fresh_seen(self) -> np.ndarray:
         """The states of the fresh objects that the plan knows of. Raises StoreError before there is a plan."""

@@ -23,7 +23,6 @@ from plora_ray.training.rank import Assignment
 from plora_ray.training.run_state import RunState
 from plora_ray.training.scores import REMAINING_EDGES, WaveTotals
 from plora_ray.training.telemetry.history import History
-from plora_ray.training.waves import Wave
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 
@@ -37,22 +36,13 @@ def add_up(
     """
     totals, missing = WaveTotals(assignment.labels, stats), {wave.index: wave for wave in assignment.waves}
     for index, outcome in run.load_waves({wave: segments[wave].sha256 if wave in segments else None for wave in missing}):
-        _check_users(run, missing.pop(index), outcome.users, erased)
+        run.plan.check_users(missing.pop(index), outcome.users, erased)
         totals.add(outcome)
     if missing:
         raise StoreError(
             f"{len(missing)} of {len(assignment.waves)} waves are not trained (the first is {min(missing)}): run the job again"
         )
     return totals
-
-
-def _check_users(run: RunState, wave: Wave, users: int, erased: Set[bytes]) -> None:
-    planned, gone = wave.stop - wave.start, 0
-    if users != planned:
-        keys = run.plan.load_partition(wave.partition).keys[wave.start : wave.stop]
-        gone = sum(key.tobytes() in erased for key in keys)
-    if not planned - gone <= users <= planned:
-        raise StoreError(f"wave {wave.index} holds {users} users, but {planned} were planned and {gone} erased: run the job again")
 
 
 @dataclass(frozen=True)

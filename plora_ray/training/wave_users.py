@@ -12,6 +12,7 @@ import numpy as np
 
 from plora_ray.identity import KEY_BYTES, as_words
 from plora_ray.store import GenerationReader, GenerationWriter
+from plora_ray.store.manifest import SegmentRef
 from plora_ray.training.plan import Action, PartitionPlan
 from plora_ray.training.waves import Wave
 
@@ -54,22 +55,22 @@ class WaveUsers:
         records = np.stack([found[key][0] for key in kept]) if kept else np.empty((0, 0), np.float32)
         return SegmentUsers(_as_keys(kept), records, np.array([found[key][1] for key in kept], np.int32))
 
-    def write(self, wave: Wave, fitted: SegmentUsers, copied: SegmentUsers, announce: Callable[[str | None], None]) -> None:
+    def write(self, wave: Wave, fitted: SegmentUsers, copied: SegmentUsers, announce: Callable[[str | None], None]) -> SegmentRef | None:
         """Write the wave's row digests and then its segment, which finishes it; no segment for a wave whose users are all gone.
 
-        announce: is told the segment's SHA-256 before it is written, or None if there is none.
+        announce: is told the segment's SHA-256 before it is written, or None if there is none. Returns what stands in the store.
         """
         keys = np.concatenate([fitted.keys, copied.keys])
         if not len(keys):
             announce(None)
-            return
+            return None
         order = np.lexsort(keys[:, ::-1].T)
         plan, span = self._plans[wave.partition], slice(wave.start, wave.stop)
         present = np.isin(as_words(plan.keys[span]), as_words(keys)) & plan.digests[span].any(axis=1)
         self._writer.write_row_digests(wave.index, plan.keys[span][present], plan.digests[span][present])
         records = np.concatenate([part.records for part in (fitted, copied) if len(part.keys)])
         examples = np.concatenate([fitted.examples, copied.examples])
-        self._writer.write_segment(wave.index, keys[order], records[order], examples[order], announce)
+        return self._writer.write_segment(wave.index, keys[order], records[order], examples[order], announce)
 
 
 def _as_keys(items: list[bytes]) -> np.ndarray:
