@@ -18,8 +18,10 @@ from plora_ray.errors import PloraError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A model of its own for every user.")
 users_app = typer.Typer(no_args_is_help=True, help="Look at, erase and export single users.")
 generations_app = typer.Typer(no_args_is_help=True, help="List, show, activate and clean up generations of adapters.")
+store_app = typer.Typer(no_args_is_help=True, help="Look after the store as a whole.")
 app.add_typer(users_app, name="users")
 app.add_typer(generations_app, name="generations")
+app.add_typer(store_app, name="store")
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of settings.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, laid over the file; may be repeated.")]
@@ -234,6 +236,26 @@ def generations_gc(
     for item in collect(store, keep=keep, grace_s=grace_s, needed=runs.needed, dry_run=dry_run):
         kind = "published" if item.published else "unfinished"
         typer.echo(f"{verb} {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")
+
+
+@store_app.command("fsck")
+@reports_errors
+def store_fsck(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Check every digest, count and name of the store. Changes nothing; exit code 1 if something is wrong."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    store = _store(_settings(config, overrides))
+    from plora_ray.store.fsck import check
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("checking objects", total=None)
+        found = check(store, lambda objects, total: bar.update(task, completed=objects, total=total))
+    _print(asdict(found))
+    for problem in found.problems:
+        typer.echo(f"{problem.path}: {problem.what}", err=True)
+    if found.problems:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -127,8 +127,13 @@ class AdapterStore:
     def succeed(self, base: str, generation: str) -> bool:
         """Make `generation` the current one if that is still `base` (or `generation` already); whether it is current now."""
         self._published(generation)
-        mine, standing = dump_json(Current(generation=generation)), dump_json(Current(generation=base))
-        return self.objects.update(names.CURRENT, lambda data: mine if data == standing else None) == mine
+        mine, name = dump_json(Current(generation=generation)), self.objects.uri_of(names.CURRENT)
+
+        def after_base(data: bytes | None) -> bytes | None:
+            return mine if data is not None and load_json(Current, data, name).generation == base else None
+
+        standing = self.objects.update(names.CURRENT, after_base)
+        return standing is not None and load_json(Current, standing, name).generation == generation
 
     def begin(self, generation: str, kind: str = "plora") -> GenerationWriter:
         """Begin to write a generation, or go on with an unfinished one.

@@ -5,6 +5,8 @@ Knows the JSON and its rules; reads and writes nothing itself.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -125,16 +127,35 @@ class StoreIdentity(_Strict):
 
 
 def dump_json(model: BaseModel) -> bytes:
-    """The document's bytes, for people to read as well."""
-    return model.model_dump_json(indent=1).encode() + b"\n"
+    """The document's bytes, for people to read as well. Its last field is a checksum of all others."""
+    values = model.model_dump(mode="json")
+    return json.dumps({**values, "checksum": _checksum(values)}, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def load_json(kind: type[_Model], data: bytes, name: str) -> _Model:
-    """Parse strictly. Raises CorruptObjectError naming `name` and the first wrong field."""
+    """Parse strictly. Raises CorruptObjectError naming `name` and the first wrong field.
+
+    A document from before there were checksums is read without one.
+    """
+    what = f"{name} isn't a valid {kind.__name__.lower()}"
     try:
-        return kind.model_validate_json(data)
+        values = json.loads(data)
+        if not isinstance(values, dict):
+            raise CorruptObjectError(f"{what}: it holds no object")
+        checksum = values.pop("checksum", None)
+        if checksum is not None and checksum != _checksum(values):
+            raise CorruptObjectError(f"{what}: it doesn't match its checksum; restore it")
+        return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise CorruptObjectError(f"{name} isn't a valid {kind.__name__.lower()}: {first_problem(error)}") from error
+        raise CorruptObjectError(f"{what}: {first_problem(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptObjectError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """BLAKE2b, 16 bytes, of the values as JSON with sorted keys, no spaces and ASCII only."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def first_problem(error: ValidationError) -> str:

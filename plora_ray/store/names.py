@@ -30,6 +30,12 @@ def shared(generation: str) -> str:
     return f"{GENERATIONS}/{generation}/{SHARED}"
 
 
+def generation_of(path: str) -> str | None:
+    """The generation in whose folder `path` lies; None outside of them."""
+    parts = path.split("/")
+    return parts[1] if len(parts) > 2 and parts[0] == GENERATIONS else None
+
+
 def segments(generation: str) -> str:
     return f"{GENERATIONS}/{generation}/segments"
 
