@@ -89,6 +89,9 @@ def rank_rows(users: list[UserRows], labels: LabelSpace) -> RankRows:
     return RankRows({0: table}, labels, frozenset(), 0)
 
 
+LORA_FIT = Settings.model_validate({"adapter": {"kind": "lora"}}).user_fit()
+
+
 @dataclass(frozen=True)
 class Population:
     """What the population stage leaves: the model, everything shared in it frozen, and for kind plora its users' prior."""
@@ -110,11 +113,15 @@ class Population:
         """As `fit`, for rows that stand already."""
         return self.fitter(rows, self.passes(rows)).fit(np.arange(len(rows.keys)), rows.of_split("train")).vectors
 
+    @property
+    def adam_steps(self) -> AdamSteps:
+        """The default steps of private matrices."""
+        return LORA_FIT.steps
+
     def fitter(self, rows: RankRows, passes: FrozenPasses, adam: AdamSteps | None = None) -> WaveFitter:
         """The kind's default solver, or Adam with these steps."""
         if self.prior is None:
-            fit = Settings.model_validate({"adapter": {"kind": "lora"}}).user_fit()
-            return AdamFitter(passes, rows, self.model.population_vector(), fit.pull, adam or fit.steps, "classification")
+            return AdamFitter(passes, rows, self.model.population_vector(), LORA_FIT.pull, adam or LORA_FIT.steps, "classification")
         if adam is None:
             return NewtonFitter(passes, rows, self.prior, "classification")
         return AdamFitter(passes, rows, self.prior.mean, self.prior.precision, adam, "classification")

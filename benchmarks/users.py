@@ -4,14 +4,14 @@
 
 DATA has columns user_id, text, label, split, cohort.
 
-Both start from the same trained population and fit the same new users, whom it never met, on the same rows. PEFT gets as
-many epochs as it needs to reach our held-out likelihood, or, if it never does, as many as make its own best. Its learning
-rate is the best of three for these users, chosen beforehand and not counted.
+Both start from the same trained population and fit the same new users, whom it never met, on the same rows. Each side gets as
+many epochs as it needs to reach the held-out likelihood that both can reach. PEFT's learning rate is the best of three for
+these users, chosen beforehand and not counted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +20,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from benchmarks.figures import Figure, seconds, spread
 from benchmarks.one_by_one import OneByOne
 from benchmarks.population import Population, UserRows, rank_rows, read_users, train_population
 from plora_ray.evaluation.metrics import log_softmax, row_nll
+from plora_ray.training.rank_rows import RankRows
 
 EXAMPLES = 16  # training rows of each user
 RANKS = {"plora": 16, "lora": 8}
@@ -37,13 +39,14 @@ def users_per_hour(population: Population, users: list[UserRows], *, name: str, 
     trained = [user.take(user.of_split("train")) for user in users]
     tested = [user.take(user.of_split("test")) for user in users]
     opponent = best_opponent(population, trained, tested)
-    ours_nll = _our_nll(population, users)
-    epochs, theirs_nll = epochs_to_reach(ours_nll, opponent, trained, tested)
+    ours, theirs = _ours_by_epoch(population, users), nll_by_epoch(opponent, trained, tested, "PEFT")
+    common = max(min(ours), min(theirs))
+    our_epochs, epochs = epochs_to_reach(common, ours), epochs_to_reach(common, theirs)
     ratios, ours_rate, theirs_rate = [], [], []
     for turn, group in enumerate(np.array_split(np.arange(len(users)), rounds)):
         members = [trained[place] for place in group]
         sides = {
-            "ours": lambda members=members: population.fit(members),
+            "ours": lambda members=members: _fit(population, rank_rows(members, population.labels), our_epochs),
             "theirs": lambda members=members: _one_by_one(opponent, members, epochs),
         }
         taken = {side: seconds(sides[side]) for side in (sorted(sides) if turn % 2 else sorted(sides, reverse=True))}
@@ -54,8 +57,8 @@ def users_per_hour(population: Population, users: list[UserRows], *, name: str, 
         spread(name, ratios, unit="ratio", goal=goal),
         spread(f"{name}.ours", ours_rate, unit="users/h", goal=None),
         spread(f"{name}.peft", theirs_rate, unit="users/h", goal=None),
-        Figure(f"{name}.ours_nll", round(ours_nll, 4), round(ours_nll, 4), round(ours_nll, 4), "nats", None),
-        Figure(f"{name}.peft_nll_after_{epochs}_epochs", round(theirs_nll, 4), round(theirs_nll, 4), round(theirs_nll, 4), "nats", None),
+        Figure(f"{name}.ours_nll{_after(our_epochs) if len(ours) > 1 else ''}", *[round(ours[our_epochs - 1], 4)] * 3, "nats", None),
+        Figure(f"{name}.peft_nll{_after(epochs)}", *[round(theirs[epochs - 1], 4)] * 3, "nats", None),
     ]
 
 
@@ -82,12 +85,13 @@ def nll_by_epoch(opponent: OneByOne, trained: list[UserRows], tested: list[UserR
     return (sums / rows).tolist()
 
 
-def epochs_to_reach(nll: float, opponent: OneByOne, trained: list[UserRows], tested: list[UserRows]) -> tuple[int, float]:
-    """The first number of epochs with an NLL of at most `nll`, else the one with the lowest; and that NLL."""
-    reached = nll_by_epoch(opponent, trained, tested, "PEFT")
-    enough = [epoch for epoch, value in enumerate(reached) if value <= nll]
-    epoch = enough[0] if enough else int(np.argmin(reached))
-    return epoch + 1, reached[epoch]
+def epochs_to_reach(nll: float, by_epoch: list[float]) -> int:
+    """The first number of epochs with an NLL of at most `nll`, which one of them has."""
+    return 1 + next(epoch for epoch, value in enumerate(by_epoch) if value <= nll)
+
+
+def _after(epochs: int) -> str:
+    return f"_after_{epochs}_epoch{'s' if epochs > 1 else ''}"
 
 
 def _one_by_one(opponent: OneByOne, members: list[UserRows], epochs: int) -> None:
@@ -96,12 +100,22 @@ def _one_by_one(opponent: OneByOne, members: list[UserRows], epochs: int) -> Non
         opponent.fit(user, epochs)
 
 
-def _our_nll(population: Population, users: list[UserRows]) -> float:
+def _fit(population: Population, rows: RankRows, epochs: int) -> Tensor:
+    """Vectors [users, width]. epochs: of Adam; Newton's method has none."""
+    steps = None if population.prior is not None else replace(population.adam_steps, epochs=epochs)
+    return population.fitter(rows, population.passes(rows), steps).fit(np.arange(len(rows.keys)), rows.of_split("train")).vectors
+
+
+def _ours_by_epoch(population: Population, users: list[UserRows]) -> list[float]:
+    """Held-out NLL after 1 ... epochs of Adam; one value where there are no epochs."""
     rows = rank_rows([user.take(user.of_split("train") + user.of_split("test")) for user in users], population.labels)
-    vectors = population.fit_rows(rows)
     test = rows.of_split("test")
-    logits = population.passes(rows).user_logits(test, vectors, torch.from_numpy(rows.row_users[test]))
-    return float(row_nll(log_softmax(logits.numpy()), rows.labels[test].numpy()).mean())
+    reached = []
+    for epochs in range(1, 2 if population.prior is not None else MOST_EPOCHS + 1):
+        vectors = _fit(population, rows, epochs)
+        logits = population.passes(rows).user_logits(test, vectors, torch.from_numpy(rows.row_users[test]))
+        reached.append(float(row_nll(log_softmax(logits.numpy()), rows.labels[test].numpy()).mean()))
+    return reached
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from plora_ray.adapters.fit import FittedUsers
 from plora_ray.adapters.model import Task
 from plora_ray.adapters.objective import task_losses
-from plora_ray.adapters.packing import Pack, Share, pack_shares
+from plora_ray.adapters.packing import Pack, Share, cut_by_length, pack_shares
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -123,11 +123,15 @@ class _Fit:
 
     def step(self) -> bool:
         """One step of every user that isn't done; whether any rank made one."""
-        packs = pack_shares([self._next_share(user) for user in self.active], self.passes.max_tokens, self.passes.max_rows)
+        shares = [share for user in self.active for share in self._next_shares(user)]
+        gradient = torch.zeros(len(self.active), self.values.shape[1], device=self.values.device)
+        places = {user: place for place, user in enumerate(self.active)}
         passed = False
-        for pack in self.passes.in_step(packs):
+        for pack in self.passes.in_step(pack_shares(shares, self.passes.max_tokens, self.passes.max_rows)):
             passed = True
-            self._descend(pack)
+            self._add_gradient(pack, gradient, places)
+        for start in range(0, len(self.active), self.passes.max_rows):
+            self._descend(self.active[start : start + self.passes.max_rows], gradient[start : start + self.passes.max_rows])
         for user in self.active:
             self.done[user] += 1
         ended = [user for user in self.active if self.done[user] % self.per_epoch[user] == 0]
@@ -139,8 +143,8 @@ class _Fit:
         self.stopped[user] = self.stale[user] >= self.steps.patience
         return not self.stopped[user] and self.done[user] < self.in_all[user]
 
-    def _next_share(self, user: int) -> Share:
-        """The rows of the user's next step: a part of this epoch's order, or all it has."""
+    def _next_shares(self, user: int) -> list[Share]:
+        """The rows of the user's next step, a part of this epoch's order or all it has, in blocks of like lengths."""
         epoch, part = divmod(self.done[user], self.per_epoch[user])
         rows = self.train.rows_of(user)
         if self.per_epoch[user] > 1:
@@ -148,31 +152,35 @@ class _Fit:
                 generator = torch.Generator().manual_seed((self.seeds[user] + epoch * 0x9E3779B97F4A7C15) % 2**63)
                 self.orders[user] = torch.randperm(len(rows), generator=generator)
             rows = rows[self.orders[user].tensor_split(self.per_epoch[user])[part]]
-        return Share(user, rows, int(self.train.data.lengths[rows].max()))
+        return cut_by_length(user, rows, self.train.data.lengths[rows])
 
-    def _descend(self, pack: Pack | None) -> None:
-        """One Adam step (Kingma & Ba 2015) of the users of a pack, each by its own moments and step count."""
+    def _add_gradient(self, pack: Pack | None, gradient: Tensor, places: dict[int, int]) -> None:
+        """Add to `gradient` [active users, width] that of a pack's part of each user's mean loss; idle if there is no pack."""
         if pack is None:
             leaf = self.idle.clone().requires_grad_(True)
             torch.autograd.grad(self.passes.logits(torch.empty(0, dtype=torch.int64), leaf).sum(), leaf)
             return
-        device = self.values.device
-        users = pack.users.to(device)
-        leaf = self.values[users].requires_grad_(True)
+        leaf = self.values[pack.users.to(self.values.device)].requires_grad_(True)
         with torch.enable_grad():
             losses = self._losses(pack, self.train, leaf)
-            gradient = torch.autograd.grad((losses * pack.mean_weights.to(losses.device)).sum(), leaf)[0]
-        values = leaf.detach()
+            part = torch.autograd.grad((losses * pack.mean_weights.to(losses.device)).sum(), leaf)[0]
+        gradient.index_add_(0, torch.tensor([places[int(user)] for user in pack.users], device=gradient.device), part)
+
+    def _descend(self, active: list[int], gradient: Tensor) -> None:
+        """One Adam step (Kingma & Ba 2015) of the users `active`, each by its own moments and step count."""
+        device = self.values.device
+        users = torch.tensor(active, device=device)
+        values = self.values[users]
         centre = self.start if self.start.dim() == 1 else self.start[users]
         away = values - centre
         pull = away @ self.precision if isinstance(self.precision, Tensor) else away * self.precision
-        counts = torch.tensor([len(self.train.rows_of(int(user))) for user in pack.users], device=device).unsqueeze(1)
+        counts = torch.tensor([len(self.train.rows_of(user)) for user in active], device=device).unsqueeze(1)
         gradient = gradient + pull / counts
         beta1, beta2 = BETAS
         first = self.first[users].mul_(beta1).add_(gradient, alpha=1 - beta1)
         second = self.second[users].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         self.first[users], self.second[users] = first, second
-        done = torch.tensor([[self.done[int(user)], self.in_all[int(user)]] for user in pack.users], device=device)
+        done = torch.tensor([[self.done[user], self.in_all[user]] for user in active], device=device)
         taken = done[:, :1].double() + 1
         rate = self.steps.learning_rate * (1 - (1 - LAST_RATE) * done[:, :1].double() / done[:, 1:])
         size = (rate / (1 - beta1**taken)).float()
@@ -232,4 +240,4 @@ class _Users:
         """All of the user's rows in parts that fit into a pass."""
         longest = self.longest(user)
         parts = torch.split(self.rows_of(user), max(1, min(max_rows, max_tokens // longest)))
-        return [Share(user, part, int(self.data.lengths[part].max())) for part in parts]
+        return [share for part in parts for share in cut_by_length(user, part, self.data.lengths[part])]

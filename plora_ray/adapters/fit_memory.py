@@ -28,8 +28,8 @@ def fit_memory_bytes(solver: Solver, *, users: int, rows: int, width: int, outpu
     forward pass can hold. A single user whose rows alone go over Newton's block is solved whole, and holds more.
     """
     records = 4 * users * width
-    if solver == "adam":  # values, two moments, the best values, and the result on the CPU
-        return 5 * records + 4 * min(pass_users, users) * width * _ADAM_PASS_RECORDS
+    if solver == "adam":  # values, their gradient, two moments, the best values, and the result on the CPU
+        return 6 * records + 4 * min(pass_users, users) * width * _ADAM_PASS_RECORDS
     group = min(GROUP_ROWS, rows)  # filled up; its Jacobian twice, and the products of its users
     group_bytes = 8 * width * (group * 3 * max(1, outputs - 1) + 2 * min(group, users) * width)
     wave = users * newton_user_bytes(width) + rows * newton_row_bytes(width, outputs)

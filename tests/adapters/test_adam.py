@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -13,7 +14,7 @@ from plora_ray.adapters.adam import AdamSteps, UserRows, fit_adam
 from plora_ray.adapters.fit import Linearisation, UserPrior, linearise, solve_users
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.adapters.objective import task_losses
-from plora_ray.adapters.packing import Pack, Share, pack_shares
+from plora_ray.adapters.packing import Pack, cut_by_length, pack_shares
 from tests.adapters.tiny import plm
 
 DIM = 5
@@ -159,25 +160,30 @@ def test_a_user_without_rows_keeps_its_own_start() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    shares=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), max_size=30),
+    users=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=9), max_size=30),
     max_tokens=st.integers(12, 200),
     max_rows=st.integers(1, 30),
 )
 def test_packing_holds_every_row_once_within_the_bounds_and_with_its_users_mean(
-    shares: list[tuple[int, int]], max_tokens: int, max_rows: int
+    users: list[list[int]], max_tokens: int, max_rows: int
 ) -> None:
-    given_shares, place = [], 0
-    for user, (rows, longest) in enumerate(shares):
-        given_shares.append(Share(user, torch.arange(place, place + rows), longest))
-        place += rows
-    packs = pack_shares(given_shares, max_tokens, max_rows)
-    lengths = {share.user: share.longest for share in given_shares}
-    met: list[int] = []
-    for pack in packs:
+    lengths = torch.tensor([length for rows in users for length in rows])
+    places = torch.arange(len(lengths)).split([len(rows) for rows in users]) if users else []
+    shares = [share for user, mine in enumerate(places) for share in cut_by_length(user, mine, lengths[mine])]
+    met, total = [], torch.zeros(len(users))
+    for pack in pack_shares(shares, max_tokens, max_rows):
         real = pack.mean_weights > 0
-        longest = max(lengths[int(user)] for user in pack.users)
+        longest = int(lengths[pack.places].max())
         assert len(pack.users) == 1 or (pack.places.numel() <= max_rows and pack.places.numel() * longest <= max_tokens)
-        assert torch.allclose(pack.mean_weights.sum(1), torch.ones(len(pack.users)))
         assert real.float().mean() > 0.7
+        total.index_add_(0, pack.users, pack.mean_weights.sum(1))
         met += pack.places[real].tolist()
-    assert sorted(met) == list(range(place))
+    assert sorted(met) == list(range(len(lengths))) and torch.allclose(total, torch.ones(len(users)))
+
+
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40))
+def test_no_row_of_a_block_is_shorter_than_one_of_a_later_block(lengths: list[int]) -> None:
+    shares = cut_by_length(0, torch.arange(len(lengths)), torch.tensor(lengths))
+    blocks = [[lengths[place] for place in share.places] for share in shares]
+    assert all(min(before) >= max(after) for before, after in itertools.pairwise(blocks))
+    assert [share.longest for share in shares] == [max(block) for block in blocks] and {share.of for share in shares} == {len(lengths)}

@@ -79,5 +79,5 @@ def test_adam_takes_no_more_than_is_said_and_not_far_less() -> None:
     rows = UserRows(torch.arange(2 * users), own, labels, lengths)
     with PeakBytes() as memory:
         fit_adam(Linear(), rows, rows, torch.zeros(width), 1.0, [0] * users, AdamSteps(epochs=2), "classification")
-    said = fit_memory_bytes("adam", users=users, rows=2 * users, width=width, outputs=OUTPUTS, pass_users=10)
+    said = fit_memory_bytes("adam", users=users, rows=2 * users, width=width, outputs=OUTPUTS, pass_users=Linear.max_rows)
     assert 0.3 * said < memory.peak <= said
