@@ -14,7 +14,7 @@ from plora_ray.errors import StoreError
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.manifest import Beginning, load_json
-from plora_ray.store.objects import ObjectInfo
+from plora_ray.store.objects import PROBE, ObjectInfo
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ def collect(store: AdapterStore, *, keep: int, grace_s: float, needed: Set[str] 
     """
     if keep < 1:
         raise StoreError(f"keep is {keep}: at least one published generation must stay")
+    for item in store.objects.list(PROBE):  # left by a process that was killed while it probed
+        if time.time() - item.modified_s >= grace_s and not dry_run:
+            store.objects.delete(item.path)
     published = [info.generation for info in store.generations()]
     staying = {*published[-keep:], store.current(), *needed}
     collected = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -37,12 +38,15 @@ class FreshSnapshot:
 
 
 def fresh_adapters(objects: ObjectStore, keys: list[bytes], basis: str) -> Iterator[UserAdapter]:
-    """The adapters of `keys` that fit the shared weights `basis`, in the order of the keys; damaged objects count as none."""
+    """The adapters of `keys` that fit the shared weights `basis`, in the order of the keys.
+
+    Raises CorruptObjectError for a damaged object: a generation made without it would end what it may still hold.
+    """
     for start in range(0, len(keys), READ_AT_ONCE):
         found = objects.read_many(names.fresh(key) for key in keys[start : start + READ_AT_ONCE])
         for key in keys[start : start + READ_AT_ONCE]:
-            adapter = _adapter(found.get(names.fresh(key)), basis)
-            if adapter is not None and adapter.key == key:
+            adapter = _adapter(objects, key, found.get(names.fresh(key)), basis)
+            if adapter is not None:
                 yield adapter
 
 
@@ -50,12 +54,12 @@ def raise_late_versions(objects: ObjectStore, seen: np.ndarray, basis: str, vers
     """Raise just above `version` the fresh adapters of `basis` that were stored since `seen` with older ones; returns how many.
 
     A user whose erasure has begun stays erased: an adapter that a tombstone covers isn't raised, and a tombstone that is written
-    later covers the raised one, too.
+    later covers the raised one, too. Raises CorruptObjectError for a damaged object.
     """
     raised = 0
 
-    def newer(data: bytes | None) -> bytes | None:
-        adapter = _adapter(data, basis)
+    def newer(key: bytes, data: bytes | None) -> bytes | None:
+        adapter = _adapter(objects, key, data, basis)
         if data is None or adapter is None or adapter.version > version:
             return None
         erased = tombstone_version(objects, adapter.key)
@@ -64,19 +68,22 @@ def raise_late_versions(objects: ObjectStore, seen: np.ndarray, basis: str, vers
         return encode_fresh(replace(adapter, version=version_above(version)), decode_fresh(data, "").erased_version)
 
     for item in objects.list(names.FRESH):
-        if names.fresh_key(item.path) is None or _contains(seen, _state(item)):
+        key = names.fresh_key(item.path)
+        if key is None or _contains(seen, _state(item)):
             continue
         before = objects.read_many([item.path]).get(item.path)
-        raised += objects.update(item.path, newer) != before
+        raised += objects.update(item.path, partial(newer, key)) != before
     return raised
 
 
-def _adapter(data: bytes | None, basis: str) -> UserAdapter | None:
-    try:
-        adapter = decode_fresh(data, "").adapter if data is not None else None
-    except CorruptObjectError:
+def _adapter(objects: ObjectStore, key: bytes, data: bytes | None, basis: str) -> UserAdapter | None:
+    if data is None:
         return None
-    return adapter if adapter is not None and adapter.basis == basis else None
+    name = objects.uri_of(names.fresh(key))
+    found = decode_fresh(data, name)
+    if found.key != key:
+        raise CorruptObjectError(f"{name} holds another user's adapter: delete it")
+    return found.adapter if found.adapter is not None and found.adapter.basis == basis else None
 
 
 def _state(item: ObjectInfo) -> int:

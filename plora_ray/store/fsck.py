@@ -15,7 +15,7 @@ from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.adapters import decode_fresh
 from plora_ray.store.manifest import Beginning, Current, Manifest, SegmentRef, StoreIdentity, Tombstone, load_json
-from plora_ray.store.objects import ObjectInfo
+from plora_ray.store.objects import PROBE, ObjectInfo
 from plora_ray.store.row_digests import decode_row_digests
 from plora_ray.store.segments import decode_segment
 from plora_ray.store.shared import decode_shared
@@ -49,7 +49,7 @@ def check(store: AdapterStore, on_objects: Callable[[int, int], None]) -> Checke
 
     Jobs and servers may go on meanwhile: what they add after the start is not looked at, what they delete is no problem.
     """
-    listed = {item.path: item for item in store.objects.list() if not item.path.startswith("runs/")}
+    listed = {item.path: item for item in store.objects.list() if not item.path.startswith(("runs/", f"{PROBE}/"))}
     return _Check(store, listed, on_objects).run()
 
 

@@ -35,6 +35,7 @@ from plora_ray.store.s3_objects import S3Objects
 SERVING_RETRY_S = 3.0  # a request waits for it; jobs, which can wait, give more
 MAX_UPDATES = 50  # a compare-and-replace that loses this often is a bug or a hot spot, not bad luck
 READ_THREADS = 32
+PROBE = "probe"  # the folder of what a probe writes and deletes again
 
 _PATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -211,7 +212,7 @@ class ObjectStore:
         """Prove, once, that this store can be written and honours conditions. Raises StoreError with the reason if not."""
         if self._proven:
             return
-        path = f"probe/{uuid.uuid4().hex}"
+        path = f"{PROBE}/{uuid.uuid4().hex}"
         self.create(path, b"first")
         try:
             for condition, refused_write in (

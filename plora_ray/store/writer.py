@@ -62,10 +62,16 @@ class GenerationWriter:
         return _object_ref(path, data)
 
     def shared_ref(self) -> ObjectRef | None:
-        """The shared weights' reference; None while they aren't written. Its sha256 is the basis of the adapters."""
+        """The shared weights' reference; None while they aren't written. Its sha256 is the basis of the adapters.
+
+        Raises CorruptObjectError if what stands there isn't whole.
+        """
         path = names.shared(self.generation)
         data = self._objects.read_many([path]).get(path)
-        return None if data is None else _object_ref(path, data)
+        if data is None:
+            return None
+        decode_shared(data, self._objects.uri_of(path))
+        return _object_ref(path, data)
 
     def write_segment(
         self, wave: int, keys: np.ndarray, records: np.ndarray, examples: np.ndarray, announce: Callable[[str], None] | None = None

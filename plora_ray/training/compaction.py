@@ -67,13 +67,13 @@ def compact(store: AdapterStore, on_users: Callable[[int, int], None]) -> Compac
         with Heartbeat(run):
             manifest = _write(store, base, run, plan, writer, on_users)
     plan = plan or run.plan.load()
-    assert plan is not None
-    raise_late_versions(store.objects, run.plan.fresh_seen(), manifest.shared.sha256, manifest.version)
-    active = store.succeed(reader.generation, generation)
+    if plan is not None:  # else an earlier start has come so far that it was deleting the run
+        raise_late_versions(store.objects, run.plan.fresh_seen(), manifest.shared.sha256, manifest.version)
+        store.succeed(reader.generation, generation)
     run.delete()
     store.tombstones()
-    dropped = reader.users - len(list(reader.keys()))
-    return Compacted(generation, manifest.users, plan.folded, dropped, changed=True, active=active)
+    dropped, folded = reader.users - len(list(reader.keys())), 0 if plan is None else plan.folded
+    return Compacted(generation, manifest.users, folded, dropped, changed=True, active=store.current() == generation)
 
 
 def _plan(store: AdapterStore, base: Base, run: RunState) -> Plan:

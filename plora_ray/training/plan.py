@@ -15,13 +15,14 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from plora_ray.data.trained_users import TrainedUsers
 from plora_ray.errors import StoreError
 from plora_ray.identity import as_words
 from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import ObjectStore
+from plora_ray.training.run_objects import read_arrays, read_json
 from plora_ray.training.waves import MiB, Wave, WaveLimits, cut_waves, span_bytes
 
 
@@ -163,13 +164,18 @@ class PlanFiles:
             data = self._objects.read_many([path]).get(path)
             if data is None:
                 return None
-            self._fixed = json.loads(data)
+            self._fixed = read_json(data, self._objects.uri_of(path))
         values = {name: value for name, value in self._fixed.items() if name != "draft"}
         return Plan(**{**values, "waves": [Wave(**wave) for wave in values["waves"]]})
 
+    def forget(self) -> None:
+        """The plan no longer holds; its files may go one by one."""
+        self._objects.delete(f"{self._folder}/plan.json")
+
     def load_partition(self, partition: int) -> PartitionPlan:
         """A partition of the plan that holds. Raises StoreError before there is one."""
-        return PartitionPlan(**load(self._objects.read(self._path(self._standing(), partition))))
+        path = self._path(self._standing(), partition)
+        return PartitionPlan(**read_arrays(self._objects.read(path), self._objects.uri_of(path)))
 
     def check_users(self, wave: Wave, users: int, erased: Set[bytes]) -> None:
         """Raises StoreError unless a wave of so many `users` holds all that were planned, except those of its own that are `erased`."""
@@ -182,7 +188,8 @@ class PlanFiles:
 
     def fresh_seen(self) -> np.ndarray:
         """The states of the fresh objects that the plan knows of. Raises StoreError before there is a plan."""
-        return load(self._objects.read(f"{self._folder}/{self._standing()}/fresh.safetensors"))["seen"]
+        path = f"{self._folder}/{self._standing()}/fresh.safetensors"
+        return read_arrays(self._objects.read(path), self._objects.uri_of(path))["seen"]
 
     def _standing(self) -> str:
         if self.load() is None or self._fixed is None:

@@ -17,7 +17,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import load, save
 
@@ -25,6 +24,7 @@ from plora_ray.adapters.fit import UserPrior
 from plora_ray.config import Settings
 from plora_ray.store.objects import ObjectStore
 from plora_ray.training.plan import PlanFiles
+from plora_ray.training.run_objects import read_arrays, read_json
 
 RUNS = "runs"
 WAVES_AT_ONCE = 4  # outcomes read at the same time when the report is made; bounds memory
@@ -46,7 +46,8 @@ class RunHead:
 
     @classmethod
     def parse(cls, data: bytes) -> RunHead:
-        return cls(**json.loads(data))
+        """Raises CorruptObjectError."""
+        return cls(**read_json(data, "run.json"))
 
     def dump(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -142,10 +143,11 @@ class RunState:
         while some := dict(islice(waves, WAVES_AT_ONCE)):
             paths = {self._wave_path(wave, segment): wave for wave, segment in some.items()}
             for path, data in self._objects.read_many(paths).items():
-                yield paths[path], WaveOutcome(**load_arrays(data))
+                yield paths[path], WaveOutcome(**read_arrays(data, self._objects.uri_of(path)))
 
     def delete(self) -> None:
-        """Drop the whole folder; run.json last, so that a half-deleted run is still recognised."""
+        """Drop the whole folder: the plan first, so that none is half there, and run.json last, so that the run is still recognised."""
+        self.plan.forget()
         self._objects.delete_folder(self.folder, last=self._head)
 
     def _wave_path(self, wave: int, segment: str | None) -> str:
