@@ -216,6 +216,30 @@ def generations_compact(config: ConfigOption, overrides: SetOption = None) -> No
     _print(asdict(done))
 
 
+@generations_app.command("copy")
+@reports_errors
+def generations_copy(
+    generation: str,
+    config: ConfigOption,
+    to: Annotated[str, typer.Option(help="The other store: a path, file:// or s3://bucket/prefix; made if it is missing.")],
+    endpoint_url: Annotated[str | None, typer.Option(help="Of the other store, if it is s3:// somewhere else.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Copy a generation, its fresh adapters and all erasures into another store. It doesn't serve there before it is activated."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    settings = _settings(config, overrides)
+    from plora_ray.store.transfer import copy_generation, open_target
+
+    source, other = _store(settings), settings.store.model_copy(update={"uri": to, "endpoint_url": endpoint_url})
+    target = open_target(source, to, other.storage_options())
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("copying objects", total=None)
+        copied = copy_generation(source, generation, target, lambda done, total: bar.update(task, completed=done, total=total))
+    typer.echo(f"{copied.generation} with {copied.users:,} users is in {target.uri}")
+
+
 @generations_app.command("gc")
 @reports_errors
 def generations_gc(

@@ -35,19 +35,27 @@ def open_identity(objects: ObjectStore, secret: bytes | None, create: bool) -> t
     return identity.store_id, _key(objects, identity, outside)
 
 
+def make_like(objects: ObjectStore, other: ObjectStore, key: bytes) -> StoreIdentity:
+    """The identity of the store at `objects`, made if it is missing: with an id of its own, and `key`, that of `other`, kept as there."""
+    try:
+        return _read(objects)
+    except ObjectNotFound:
+        return _create(objects, key, inside=_read(other).key_hex is not None)
+
+
 def _read(objects: ObjectStore) -> StoreIdentity:
     return load_json(StoreIdentity, objects.read(names.IDENTITY), objects.uri_of(names.IDENTITY))
 
 
 def _make(objects: ObjectStore, outside: bytes | None) -> StoreIdentity:
+    return _create(objects, outside or secrets.token_bytes(32), inside=outside is None)
+
+
+def _create(objects: ObjectStore, key: bytes, *, inside: bool) -> StoreIdentity:
+    """A new store's identity. inside: whether its key is kept in it."""
     objects.probe()
-    own = secrets.token_bytes(32)
     store_id = uuid.uuid4().hex
-    identity = StoreIdentity(
-        store_id=store_id,
-        key_hex=own.hex() if outside is None else None,
-        key_check=_check_value(store_id, outside or own),
-    )
+    identity = StoreIdentity(store_id=store_id, key_hex=key.hex() if inside else None, key_check=_check_value(store_id, key))
     try:
         objects.create(names.IDENTITY, dump_json(identity))
     except ObjectExists:
