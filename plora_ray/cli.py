@@ -132,15 +132,17 @@ def users_list(config: ConfigOption, limit: int = 20, overrides: SetOption = Non
 @users_app.command("show")
 @reports_errors
 def users_show(user_id: str, config: ConfigOption, overrides: SetOption = None) -> None:
-    """What the store holds of one user."""
+    """What serves one user, and every trace of the user that the store holds."""
     store = _store(_settings(config, overrides))
+    from plora_ray.store.traces import traces_of
+
     key = store.key(user_id)
     adapter = store.pull(store.open_generation(), key)
     found = None if adapter is None else {
         "source": adapter.source, "generation": adapter.generation, "examples": adapter.examples, "updated_at": adapter.updated_at,
         "bytes": adapter.record.nbytes,
     }  # fmt: skip
-    _print({"key": key.hex(), "erased": store.is_erased(key), "adapter": found})
+    _print({"key": key.hex(), "erased": store.is_erased(key), "adapter": found, "traces": asdict(traces_of(store, key))})
 
 
 @users_app.command("erase")

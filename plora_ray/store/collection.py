@@ -14,7 +14,7 @@ from plora_ray.errors import StoreError
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.manifest import Beginning, load_json
-from plora_ray.store.objects import PROBE, ObjectInfo
+from plora_ray.store.objects import PROBE
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def collect(store: AdapterStore, *, keep: int, grace_s: float, needed: Set[str] 
         objects = store.objects.list(f"{names.GENERATIONS}/{generation}")
         collected.append(Collected(generation, generation in published, len(objects), sum(item.size for item in objects)))
         if not dry_run:
-            _delete(store, generation, objects)
+            _delete(store, generation)
     return collected
 
 
@@ -55,14 +55,13 @@ def abandon(store: AdapterStore, generation: str) -> None:
     """Delete what was written of a generation that nobody will publish. Raises StoreError if it is published."""
     if store.manifest(generation) is not None:
         raise StoreError(f"generation {generation} is published: `plora generations gc` deletes it when it is old")
-    _delete(store, generation, store.objects.list(f"{names.GENERATIONS}/{generation}"))
+    _delete(store, generation)
 
 
-def _delete(store: AdapterStore, generation: str, objects: list[ObjectInfo]) -> None:
-    # The manifest first (then the generation doesn't exist), the beginning last (else its age is lost on a crash).
-    order = {names.manifest(generation): 0, names.beginning(generation): 2}
-    for item in sorted(objects, key=lambda item: order.get(item.path, 1)):
-        store.objects.delete(item.path)
+def _delete(store: AdapterStore, generation: str) -> None:
+    """The manifest first (then the generation doesn't exist), the beginning last (else its age is lost on a crash)."""
+    store.objects.delete(names.manifest(generation))
+    store.objects.delete_folder(f"{names.GENERATIONS}/{generation}", last=names.beginning(generation))
 
 
 def _begun_s(store: AdapterStore, generation: str) -> float:
