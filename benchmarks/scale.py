@@ -33,7 +33,7 @@ from plora_ray.config import parse_settings
 from plora_ray.runtime import ray_cluster
 
 SAMPLE_S = 1.0
-RANK = "_RayTrainWorker"
+RANK = "RayTrainWorker"
 
 
 @dataclass
