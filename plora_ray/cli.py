@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,6 +113,17 @@ def _store(settings: Settings) -> Any:
     return AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=False)
 
 
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; gives what tells it how many of how many are done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def _print(values: object) -> None:
     typer.echo(json.dumps(values, indent=1, ensure_ascii=False))
 
@@ -202,15 +214,11 @@ def generations_activate(generation: str, config: ConfigOption, overrides: SetOp
 @reports_errors
 def generations_compact(config: ConfigOption, overrides: SetOption = None) -> None:
     """Make a generation of the current one, its fresh adapters taken in and erased users' records gone. Nothing is trained."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     settings = _settings(config, overrides)
     from plora_ray.training.compaction import compact
 
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("writing users", total=None)
-        done = compact(_store(settings), lambda users, total: bar.update(task, completed=users, total=total))
+    with _bar("writing users") as show:
+        done = compact(_store(settings), show)
     if not done.changed:
         typer.echo("nothing to do: no fresh adapter waits and no erased user's record is left", err=True)
     elif not done.active:
@@ -228,17 +236,13 @@ def generations_copy(
     overrides: SetOption = None,
 ) -> None:
     """Copy a generation, its fresh adapters and all erasures into another store. It doesn't serve there before it is activated."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     settings = _settings(config, overrides)
     from plora_ray.store.transfer import copy_generation, open_target
 
     source, other = _store(settings), settings.store.model_copy(update={"uri": to, "endpoint_url": endpoint_url})
     target = open_target(source, to, other.storage_options())
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("copying objects", total=None)
-        copied = copy_generation(source, generation, target, lambda done, total: bar.update(task, completed=done, total=total))
+    with _bar("copying objects") as show:
+        copied = copy_generation(source, generation, target, show)
     typer.echo(f"{copied.generation} with {copied.users:,} users is in {target.uri}")
 
 
@@ -268,15 +272,11 @@ def generations_gc(
 @reports_errors
 def store_fsck(config: ConfigOption, overrides: SetOption = None) -> None:
     """Check every digest, count and name of the store. Changes nothing; exit code 1 if something is wrong."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     store = _store(_settings(config, overrides))
     from plora_ray.store.fsck import check
 
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("checking objects", total=None)
-        found = check(store, lambda objects, total: bar.update(task, completed=objects, total=total))
+    with _bar("checking objects") as show:
+        found = check(store, show)
     _print(asdict(found))
     for problem in found.problems:
         typer.echo(f"{problem.path}: {problem.what}", err=True)

@@ -26,7 +26,7 @@ from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import SERVING_RETRY_S, ObjectRange, ObjectStore
 from plora_ray.store.reader import GenerationReader
 from plora_ray.store.store_identity import open_identity
-from plora_ray.store.tombstones import Tombstones, tombstone_version
+from plora_ray.store.tombstones import Tombstones, tombstone_version, write_tombstone
 from plora_ray.store.writer import GenerationWriter
 
 
@@ -232,12 +232,6 @@ class AdapterStore:
         path = names.fresh(key)
         standing = self._decode_or_none(key, self.objects.read_many([path]).get(path))
         version = new_version(after=standing.adapter.version if standing and standing.adapter else None)
-        tombstone_path = names.tombstone(key)
-
-        def newest(data: bytes | None) -> bytes | None:
-            if data is not None and load_json(Tombstone, data, self.objects.uri_of(tombstone_path)).version >= version:
-                return None
-            return dump_json(Tombstone(version=version, erased_at=now_iso()))
 
         def emptied(data: bytes | None) -> bytes | None:
             found = self._decode_or_none(key, data)
@@ -245,7 +239,7 @@ class AdapterStore:
                 return None  # the user came back in the meantime, or was erased again: whoever wrote it knew of this erasure
             return encode_erased(key, version)
 
-        self.objects.update(tombstone_path, newest)
+        write_tombstone(self.objects, key, Tombstone(version=version, erased_at=now_iso()))
         self.objects.update(path, emptied)
         return version
 

@@ -133,7 +133,7 @@ class _Check:
         self._found.size += len(data)
         try:
             verify(path, data)
-        except (CorruptObjectError, StoreError, ValueError) as error:
+        except (StoreError, ValueError) as error:
             self._found.problems.append(Problem(path, str(error).removeprefix(path).strip()))
         self._on_objects(self._found.objects, len(self._listed))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 
 from plora_ray.store import names
-from plora_ray.store.manifest import Tombstone, load_json
+from plora_ray.store.manifest import Tombstone, dump_json, load_json
 from plora_ray.store.object_errors import ObjectNotFound
 from plora_ray.store.objects import ObjectStore
 
@@ -20,6 +20,18 @@ def tombstone_version(objects: ObjectStore, key: bytes) -> str | None:
         return load_json(Tombstone, objects.read(path), objects.uri_of(path)).version
     except ObjectNotFound:
         return None
+
+
+def write_tombstone(objects: ObjectStore, key: bytes, tombstone: Tombstone) -> None:
+    """Write the user's tombstone unless a later one stands there."""
+    path = names.tombstone(key)
+
+    def newest(data: bytes | None) -> bytes | None:
+        if data is not None and load_json(Tombstone, data, objects.uri_of(path)).version >= tombstone.version:
+            return None
+        return dump_json(tombstone)
+
+    objects.update(path, newest)
 
 
 class Tombstones:

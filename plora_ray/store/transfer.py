@@ -15,10 +15,11 @@ from plora_ray.errors import CorruptObjectError, StoreError
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.adapters import decode_fresh
-from plora_ray.store.manifest import Manifest, Tombstone, dump_json, load_json
+from plora_ray.store.manifest import Manifest, Tombstone, load_json
 from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import ObjectStore
 from plora_ray.store.store_identity import make_like
+from plora_ray.store.tombstones import write_tombstone
 
 
 def open_target(source: AdapterStore, uri: str, storage_options: dict[str, Any] | None = None) -> AdapterStore:
@@ -75,12 +76,7 @@ def _copy_erasures(source: AdapterStore, target: AdapterStore) -> None:
             continue
         data = source.objects.read(names.tombstone(key))
         name = source.objects.uri_of(names.tombstone(key))
-        erased = load_json(Tombstone, data, name)
-
-        def newest(standing: bytes | None, erased: Tombstone = erased, name: str = name) -> bytes | None:
-            return None if standing is not None and load_json(Tombstone, standing, name).version >= erased.version else dump_json(erased)
-
-        target.objects.update(names.tombstone(key), newest)
+        write_tombstone(target.objects, key, load_json(Tombstone, data, name))
 
 
 def _create(target: AdapterStore, path: str, data: bytes) -> None:
