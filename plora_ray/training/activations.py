@@ -6,7 +6,6 @@ come round in a new order every epoch, so replacing the oldest would replace wha
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -46,7 +45,7 @@ class LowerActivations:
     @contextmanager
     def under(self, rows: np.ndarray, input_ids: Tensor, attention_mask: Tensor) -> Iterator[None]:
         """Within, the PLM's passes over input_ids [batch, tokens] start above the lower blocks. rows: [batch], or none for an idle pass."""
-        texts = [hashlib.blake2b(self._rows.text(row), digest_size=16).digest() for row in rows]
+        texts = self._rows.texts[rows].tolist()
         known = {text: hidden for text in set(texts) if (hidden := self._kept.get(text)) is not None}
         missing = {text: place for place, text in enumerate(texts) if text not in known}
         if self._trainer.anyone(bool(missing)):
@@ -58,7 +57,7 @@ class LowerActivations:
         """Drop everything; the file is gone with it."""
         self._kept.close()
 
-    def _run(self, missing: dict[bytes, int], input_ids: Tensor, attention_mask: Tensor) -> dict[bytes, Tensor]:
+    def _run(self, missing: dict[int, int], input_ids: Tensor, attention_mask: Tensor) -> dict[int, Tensor]:
         """Hidden states [tokens, hidden] of the rows at the places that `missing` names; with none, one row keeps ranks in step."""
         places = torch.tensor(list(missing.values()) or [0], device=input_ids.device)
         mask = attention_mask[places]
@@ -68,7 +67,7 @@ class LowerActivations:
             self._kept.put(text, hidden)
         return found
 
-    def _padded(self, texts: list[bytes], known: dict[bytes, Tensor], input_ids: Tensor) -> Tensor:
+    def _padded(self, texts: list[int], known: dict[int, Tensor], input_ids: Tensor) -> Tensor:
         """[batch, tokens, hidden] as the upper half takes it; padding is zero and masked."""
         hidden = torch.zeros(*input_ids.shape, self._halves.hidden_size, dtype=self._halves.dtype)
         for row, text in enumerate(texts):
@@ -84,12 +83,12 @@ class BoundedTensors:
 
     def __init__(self, memory_bytes: int, disk_bytes: int) -> None:
         self._memory_left, self._disk_left = memory_bytes, disk_bytes
-        self._in_memory: dict[bytes, Tensor] = {}
-        self._on_disk: dict[bytes, tuple[int, torch.Size, torch.dtype]] = {}
+        self._in_memory: dict[int, Tensor] = {}
+        self._on_disk: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
         self._file: IO[bytes] | None = None
         self.bytes_on_disk = 0
 
-    def put(self, name: bytes, tensor: Tensor) -> None:
+    def put(self, name: int, tensor: Tensor) -> None:
         """Keep a CPU tensor if there is room."""
         size = tensor.numel() * tensor.element_size()
         if size <= self._memory_left:
@@ -98,7 +97,7 @@ class BoundedTensors:
         elif size <= self._disk_left:
             self._write(name, tensor, size)
 
-    def get(self, name: bytes) -> Tensor | None:
+    def get(self, name: int) -> Tensor | None:
         """The tensor kept under that name, or None."""
         if name in self._in_memory:
             return self._in_memory[name]
@@ -116,7 +115,7 @@ class BoundedTensors:
             self._file.close()
             self._file = None
 
-    def _write(self, name: bytes, tensor: Tensor, size: int) -> None:
+    def _write(self, name: int, tensor: Tensor, size: int) -> None:
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="plora-activations-")  # noqa: SIM115

@@ -1,11 +1,13 @@
 """Passes through the frozen model in the user stage: each different text once where the user doesn't matter.
 
-At one common vector, logits and Jacobians depend on the text alone; a bounded cache keeps them over users and waves.
+At one common vector, logits and Jacobians depend on the text alone; a bounded cache keeps those of texts that several training
+rows have, over users and waves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -23,7 +25,7 @@ from plora_ray.training.rank_rows import RankRows
 Item = TypeVar("Item")
 
 CACHE_BYTES = 256 * 2**20
-ENTRY_BYTES = 1024  # what an entry holds beside its numbers: the array's head, the text that names it, the cache's own records
+ENTRY_BYTES = 1024  # what an entry holds beside its numbers: the array's head, the number that names it, the cache's own records
 
 
 class FrozenPasses:
@@ -45,7 +47,7 @@ class FrozenPasses:
         self._trainer, self._model, self._rows, self._below = trainer, model, rows, below
         self.max_tokens, self.max_rows = batch_tokens, batch_rows
         self._point: Tensor | None = None
-        self._cache: LRUCache[bytes, np.ndarray] = LRUCache(CACHE_BYTES, getsizeof=lambda value: value.nbytes + ENTRY_BYTES)
+        self._cache: LRUCache[int, np.ndarray] = LRUCache(CACHE_BYTES, getsizeof=lambda value: value.nbytes + ENTRY_BYTES)
 
     @property
     def outputs(self) -> int:
@@ -74,13 +76,13 @@ class FrozenPasses:
         if self._point is None or not torch.equal(self._point, point):
             self._cache.clear()
             self._point = point.clone()
-        firsts, index = self._distinct(rows)
+        texts, firsts, index = self._distinct(rows)
         outputs, dim = self._model.spec.outputs, len(point)
         free = 1 if self._model.spec.task == "regression" else outputs - 1
         found = np.empty((len(firsts), outputs + free * dim), np.float32)
         wanted = []
-        for place, row in enumerate(firsts):
-            kept = self._cache.get(self._rows.text(row))
+        for place, text in enumerate(texts.tolist()):
+            kept = self._cache.get(text)
             if kept is None:
                 wanted.append(place)
             else:
@@ -93,15 +95,15 @@ class FrozenPasses:
             if real:
                 found[batch] = torch.cat([logits, jacobian.flatten(1)], dim=1).cpu().numpy()
         for place in wanted:
-            if found[place].nbytes + ENTRY_BYTES <= self._cache.maxsize:
-                self._cache[self._rows.text(firsts[place])] = found[place].copy()
+            if self._comes_again[texts[place]] and found[place].nbytes + ENTRY_BYTES <= self._cache.maxsize:
+                self._cache[int(texts[place])] = found[place].copy()
         numbers = torch.from_numpy(found)
         linear = Linearisation(point.float(), numbers[:, :outputs], numbers[:, outputs:].reshape(len(firsts), free, dim))
         return linear, torch.from_numpy(index)
 
     def population_logits(self, rows: np.ndarray) -> Tensor:
         """Logits [rows, outputs] with no user; each different text is computed once."""
-        firsts, index = self._distinct(rows)
+        _, firsts, index = self._distinct(rows)
         return self._forward(firsts, None)[torch.from_numpy(index)]
 
     def user_logits(self, rows: np.ndarray, vectors: Tensor, owners: Tensor) -> Tensor:
@@ -126,10 +128,13 @@ class FrozenPasses:
         batches = [items[group] for group in groups]
         return [(batch, real) for batch, real, _ in self._trainer.lockstep(batches, np.empty(0, np.int64))]
 
-    def _distinct(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First row of every different text among `rows`, and each row's index into them."""
-        seen: dict[bytes, int] = {}
-        index = np.array([seen.setdefault(self._rows.text(row), len(seen)) for row in rows], np.int64)
-        firsts = np.empty(len(seen), np.int64)
-        firsts[index[::-1]] = rows[::-1]
-        return firsts, index
+    @cached_property
+    def _comes_again(self) -> np.ndarray:
+        """[texts] bool: whether several training rows have the text; what one row has needn't be kept for another."""
+        texts = self._rows.texts
+        return np.bincount(texts[self._rows.of_split("train")], minlength=int(texts.max(initial=-1)) + 1) > 1
+
+    def _distinct(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The different texts among `rows`, a row that has each, and each row's index into them."""
+        texts, firsts, index = np.unique(self._rows.texts[rows], return_index=True, return_inverse=True)
+        return texts, rows[firsts], index

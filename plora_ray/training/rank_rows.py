@@ -5,8 +5,10 @@ A row is one text with its label; a user is a contiguous run of rows. Knows noth
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from plora_ray.data.batches import pad_tokens
 from plora_ray.data.rows import SPLITS, SplitName
 from plora_ray.data.table import PartitionTable
 from plora_ray.errors import StoreError
-from plora_ray.identity import as_words
+from plora_ray.identity import KEY_BYTES, as_words
 
 SPLIT_CODES: dict[SplitName, int] = {name: code for code, name in enumerate(SPLITS)}
 
@@ -91,10 +93,14 @@ class RankRows:
         users = span.start + places
         return users[~self.erased[users]]
 
-    def text(self, row: int) -> bytes:
-        """The row's token ids as bytes: equal for equal texts."""
-        start = self._row_starts[row]
-        return self._tokens[start : start + self.lengths[row]].tobytes()
+    @cached_property
+    def texts(self) -> np.ndarray:
+        """int32 [rows]: which of the rank's different texts each row is; rows of equal token ids are one text."""
+        digests = np.empty((len(self.lengths), KEY_BYTES), np.uint8)
+        for row, (start, length) in enumerate(zip(self._row_starts.tolist(), self.lengths.tolist(), strict=True)):
+            digest = hashlib.blake2b(self._tokens[start : start + length].tobytes(), digest_size=KEY_BYTES)
+            digests[row] = np.frombuffer(digest.digest(), np.uint8)
+        return np.unique(as_words(digests), return_inverse=True)[1].astype(np.int32)
 
     def inputs(self, rows: np.ndarray, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """input_ids and attention_mask [batch, tokens], padded to the longest of `rows`."""

@@ -20,14 +20,14 @@ from plora_ray.training.run_state import run_fingerprint
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_come_back_as_they_were_from_memory_and_from_disk_and_the_bounds_hold(dtype: torch.dtype) -> None:
     kept = BoundedTensors(memory_bytes=1000, disk_bytes=2000)
-    tensors = {bytes([number]): torch.randn(3 + number % 4, 8).to(dtype) for number in range(60)}
+    tensors = {number: torch.randn(3 + number % 4, 8).to(dtype) for number in range(60)}
     for name, tensor in tensors.items():
         kept.put(name, tensor)
     found = {name: value for name in tensors if (value := kept.get(name)) is not None}
     assert all(torch.equal(value, tensors[name]) and value.dtype == dtype for name, value in found.items())
     size = sum(value.numel() * value.element_size() for value in found.values())
     assert 2500 < size <= 3000 and 1500 < kept.bytes_on_disk <= 2000
-    assert kept.get(b"unknown") is None
+    assert kept.get(60) is None
     kept.close()
     assert all(kept.get(name) is None for name in tensors)
 
@@ -37,8 +37,8 @@ def test_the_file_has_no_name_so_it_is_gone_however_the_process_ends(tmp_path: P
 import os, torch
 from plora_ray.training.activations import BoundedTensors
 kept = BoundedTensors(0, 10**6)
-kept.put(b"a", torch.zeros(1000))
-assert kept.get(b"a") is not None and kept.bytes_on_disk == 4000
+kept.put(1, torch.zeros(1000))
+assert kept.get(1) is not None and kept.bytes_on_disk == 4000
 print(os.listdir(os.environ["TMPDIR"]), flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -52,9 +52,9 @@ def test_a_full_disk_only_ends_the_keeping(monkeypatch: pytest.MonkeyPatch) -> N
     full = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115  a device that has never room
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: full)
     kept = BoundedTensors(memory_bytes=100, disk_bytes=10**6)
-    kept.put(b"in memory", torch.ones(5))
-    kept.put(b"on disk", torch.ones(50))
-    assert kept.get(b"on disk") is None and kept.get(b"in memory") is not None
+    kept.put(1, torch.ones(5))
+    kept.put(2, torch.ones(50))
+    assert kept.get(2) is None and kept.get(1) is not None
     kept.close()
 
 

@@ -41,14 +41,16 @@ class OneRank:
 
 @pytest.fixture
 def rows() -> RankRows:
-    """Users of 1 to 12 rows of random texts, every fourth row held out."""
+    """Users of 1 to 12 rows, every fourth row held out; some random texts several rows have, some only one."""
     generator = np.random.default_rng(0)
     counts, total = np.arange(1, USERS + 1), USERS * (USERS + 1) // 2
-    lengths = generator.integers(2, 9, total)
+    pool = [generator.integers(3, 100, length).astype(np.int32) for length in generator.integers(2, 9, 60)]
+    texts = [pool[place] for place in generator.integers(0, len(pool), total)]
+    lengths = np.array([len(text) for text in texts])
     table = PartitionTable(
         keys=np.sort(generator.integers(0, 256, (USERS, 16)).astype(np.uint8), axis=0),
         user_offsets=np.concatenate([[0], np.cumsum(counts)]),
-        tokens=generator.integers(3, 100, int(lengths.sum())).astype(np.int32),
+        tokens=np.concatenate(texts),
         row_offsets=np.concatenate([[0], np.cumsum(lengths)]),
         labels=generator.choice(np.array(["x", "y", "z"], object), total),
         split=(np.arange(total) % 4 == 3).astype(np.int8),
@@ -104,7 +106,7 @@ def test_the_passes_keep_no_more_bytes_than_they_may_and_forget_nothing_that_the
 ) -> None:
     train = rows.of_split("train")
     whole, texts = passes.linearise(train, PRIOR.mean)
-    monkeypatch.setattr(passes_module, "CACHE_BYTES", 12_000)
+    monkeypatch.setattr(passes_module, "CACHE_BYTES", 8_000)
     small = FrozenPasses(OneRank(), passes._model, rows, batch_tokens=64, batch_rows=8)  # type: ignore[arg-type]
     for _ in range(2):  # the second time some texts are known and some were dropped
         linear, index = small.linearise(train, PRIOR.mean)
@@ -113,7 +115,19 @@ def test_the_passes_keep_no_more_bytes_than_they_may_and_forget_nothing_that_the
     kept = dict(small._cache)
     assert 0 < len(kept) < len(whole.logits)
     held = sum(sys.getsizeof(name) + sys.getsizeof(numbers) for name, numbers in kept.items())
-    assert held <= 12_000 and all(numbers.base is None for numbers in kept.values()), "a view keeps its whole batch alive"
+    assert held <= 8_000 and all(numbers.base is None for numbers in kept.values()), "a view keeps its whole batch alive"
+
+
+def test_only_texts_that_several_training_rows_have_are_kept(rows: RankRows, passes: FrozenPasses) -> None:
+    train = rows.of_split("train")
+    passes.linearise(train, PRIOR.mean)
+    by_tokens: dict[bytes, list[int]] = {}
+    for row in train:
+        ids, mask = rows.inputs(np.array([row]))
+        by_tokens.setdefault(ids[mask.bool()].numpy().tobytes(), []).append(int(row))
+    shared = {int(rows.texts[held[0]]) for held in by_tokens.values() if len(held) > 1}
+    assert set(passes._cache) == shared and 0 < len(shared) < len(by_tokens)
+    assert all(len(set(rows.texts[held])) == 1 for held in by_tokens.values()) and len(set(rows.texts[train])) == len(by_tokens)
 
 
 @pytest.fixture
