@@ -18,8 +18,9 @@ install: .venv/.installed
 quickstart: install
 	@$(BIN)/python -m deployments.quickstart
 
+# Two processes: most tests wait for a cluster of their own. A file stays in one, so that its tests share theirs.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Every fault at every stage; `make test` runs a short form of each.
 chaos: install
