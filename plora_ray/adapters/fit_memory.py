@@ -5,7 +5,7 @@ from __future__ import annotations
 from plora_ray.adapters.fit import GROUP_ROWS
 from plora_ray.adapters.solver import Solver
 
-NEWTON_BLOCK_BYTES = 256 * 2**20  # Newton solves a wave in blocks of users of about so many bytes
+NEWTON_BLOCK_BYTES = 64 * 2**20  # Newton solves a wave in blocks of users of about so many bytes
 _NEWTON_VECTORS = 10  # float64 [width] a user: point, gradient, direction, trial, best and what their sums pass through
 _NEWTON_MATRICES = 4  # float64 [width, width] a user: Hessian, its factor, and the variance left with its right-hand side
 _ADAM_PASS_RECORDS = 8  # float32 [width] a user of one pass: gathered values, gradient, moments and what the step makes of them

@@ -37,6 +37,15 @@ class LabelSpace:
         """Logits a row: the number of classes, 1 for a regression."""
         return len(self.classes) if self.task == "classification" else 1
 
+    @property
+    def values(self) -> np.ndarray | None:
+        """float64 [classes]: the classes as numbers, if they are three or more and all of them numbers, as stars are; else None."""
+        try:
+            values = np.array([float(name) for name in self.classes])
+        except ValueError:
+            return None
+        return values if len(values) > 2 and np.isfinite(values).all() else None
+
     def to_json(self) -> dict[str, Any]:
         return {"task": self.task, "classes": list(self.classes), "mean": self.mean, "std": self.std}
 

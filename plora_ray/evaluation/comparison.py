@@ -21,12 +21,15 @@ from plora_ray.evaluation.metrics import (
     Scores,
     as_json,
     bootstrap_ratios,
+    holm,
+    p_value,
+    ratio_and_error,
     row_nll,
 )
+from plora_ray.evaluation.user_gains import UserGains
 
 # The predictors' names, as reports have them. The last three are also the baselines that can be asked for.
 WITH_USER, MAJORITY, LABEL_PRIOR, POPULATION = "with_user", "majority", "label-prior", "population"
-HISTOGRAM_BINS = 30
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,16 @@ class Interval:
 
     def to_json(self) -> dict[str, float]:
         return {name: round(value, 5) for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Gain(Interval):
+    """p: two-sided p-value of no gain, users drawn as a whole, adjusted for the other predictors compared (Holm)."""
+
+    p: float = 1.0
+
+    def to_json(self) -> dict[str, float]:
+        return {**Interval(self.mean, self.low, self.high).to_json(), "p": float(f"{self.p:.3g}")}
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Comparison:
     """Predictors on the same rows. subject: the one that the generation answers with.
 
     gains: by other predictor and metric, what the subject gains over it; positive is better, whatever the metric.
-    user_gains: [users] each user's own gain over the population in nll or mse; empty if the subject is the population.
+    user_gains: each user's own gain over the population in nll or mse; None if the subject is the population.
     examples: how many examples of each user the subject and the label prior have seen; None for a trained user.
     """
 
@@ -70,8 +83,8 @@ class Comparison:
     users: int
     rows: int
     predictors: dict[str, PredictorScores]
-    gains: dict[str, dict[str, Interval]]
-    user_gains: Floats = field(repr=False)
+    gains: dict[str, dict[str, Gain]]
+    user_gains: UserGains | None = field(repr=False)
     examples: int | None = None
 
     @property
@@ -88,22 +101,23 @@ class Comparison:
             "rows": self.rows,
             "predictors": {name: scores.to_json() for name, scores in self.predictors.items()},
             "gain_over": gains,
-            **({"user_gains": histogram(self.user_gains)} if self.user_gains.size else {}),
+            **({"user_gains": self.user_gains.to_json()} if self.user_gains else {}),
         }
 
 
 class ComparisonTotals:
-    """Rows of a comparison, added in pieces: holds totals, and of each user with rows one number a predictor and metric.
+    """Rows of a comparison, added in pieces: holds totals, and of each user with rows a few numbers a predictor and metric.
 
-    subject: the predictor whose gains are asked for. outputs: classes (1 for a regression).
+    subject: the predictor whose gains are asked for. outputs: classes (1 for a regression). values: [classes] as numbers, if they are.
     """
 
-    def __init__(self, subject: str, task: Task, outputs: int) -> None:
-        self._subject, self._task, self._outputs = subject, task, outputs
+    def __init__(self, subject: str, task: Task, outputs: int, values: Floats | None = None) -> None:
+        self._subject, self._task, self._outputs, self._values = subject, task, outputs, values
         self._scores: dict[str, ClassificationTotals | RegressionTotals] = {}
         self._columns: list[tuple[str, str]] = []
         self._costs = np.zeros(0)
         self._user_costs: list[NDArray[np.float32]] = []
+        self._user_squares: list[NDArray[np.float32]] = []
         self._user_rows: list[NDArray[np.int32]] = []
 
     def add(self, predicted: Mapping[str, Floats], labels: NDArray[np.number], row_users: Ints) -> None:
@@ -116,12 +130,14 @@ class ComparisonTotals:
         costs = {(name, metric): cost for name, values in predicted.items() for metric, cost in self._row_costs(values, labels).items()}
         if not self._columns:
             self._columns, self._costs = list(costs), np.zeros(len(costs))
-            self._scores = {name: RegressionTotals() if self._regression else ClassificationTotals(self._outputs) for name in predicted}
+            self._scores = {name: self._empty() for name in predicted}
         for name, values in predicted.items():
             self._scores[name].add(values, labels.astype(np.float64 if self._regression else np.int64))
         _, index = np.unique(row_users, return_inverse=True)
         self._costs += [cost.sum(dtype=np.float64) for cost in costs.values()]
         self._user_costs.append(np.stack([np.bincount(index, weights=cost) for cost in costs.values()], axis=1).astype(np.float32))
+        squares = [np.bincount(index, weights=gain**2) for gain in self._row_gains(costs)]
+        self._user_squares.append(np.stack(squares, axis=1).astype(np.float32))
         self._user_rows.append(np.bincount(index).astype(np.int32))
 
     def result(self, *, examples: int | None = None, seed: int = 0) -> Comparison:
@@ -133,9 +149,10 @@ class ComparisonTotals:
         found = [Interval(float(mean), *ends) for mean, ends in zip(means, bootstrap_ratios(sums, rows, seed), strict=True)]
         values = {column: _as_value(column[1], found[index]) for index, column in enumerate(self._columns)}
         by_user = {column: float((costs[:, index] / rows).mean(dtype=np.float64)) for index, column in enumerate(self._columns)}
-        gains: dict[str, dict[str, Interval]] = {over: {} for over in self._scores if over != self._subject}
+        gains: dict[str, dict[str, Gain]] = {over: {} for over in self._scores if over != self._subject}
+        p_values = self._p_values(gained, sums[:, len(self._columns) :], rows)
         for (over, metric), gain in zip(gained, found[len(self._columns) :], strict=True):
-            gains[over][metric] = gain
+            gains[over][metric] = Gain(gain.mean, gain.low, gain.high, p_values[over, metric])
         return Comparison(
             subject=self._subject,
             users=len(rows),
@@ -149,18 +166,18 @@ class ComparisonTotals:
                 for name in self._scores
             },
             gains=gains,
-            user_gains=self.user_gains("mse" if self._regression else "nll"),
+            user_gains=self.user_gains().get("mse" if self._regression else "nll"),
             examples=examples,
         )
 
-    def user_gains(self, metric: str) -> Floats:
-        """[users with rows, as added] each user's mean gain over the population; empty where the subject is the population."""
-        own, population = (self._subject, metric), (POPULATION, metric)
-        if self._subject == POPULATION or population not in self._columns:
-            return np.empty(0)
+    def user_gains(self) -> dict[str, UserGains]:
+        """By metric, the gains over the population of the users with rows, as added; none where the subject is the population."""
         costs, rows = self._by_user()
-        gains: Floats = (costs[:, self._columns.index(population)] - costs[:, self._columns.index(own)]) / rows
-        return gains
+        gained = self._gained([POPULATION])
+        sums = self._user_gains(costs, gained)
+        return {
+            metric: UserGains.of(sums[:, place], self._user_squares[0][:, place], rows) for place, (_, metric) in enumerate(gained)
+        }
 
     def gains_of(self, users: Ints, seed: int = 0) -> dict[str, Interval]:
         """By metric, what the subject gains over the population on the rows of `users` (places in the order of adding)."""
@@ -172,8 +189,9 @@ class ComparisonTotals:
         return {metric: Interval(float(mean), *end) for (_, metric), mean, end in zip(gained, means, ends, strict=True)}
 
     def _by_user(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Sums of costs [users, columns] and numbers of rows [users]; from now on in one piece."""
+        """Sums of costs [users, columns] and numbers of rows [users]; from now on in one piece, as are the squares of gains."""
         self._user_costs, self._user_rows = [np.concatenate(self._user_costs)], [np.concatenate(self._user_rows)]
+        self._user_squares = [np.concatenate(self._user_squares)]
         return self._user_costs[0], self._user_rows[0]
 
     @property
@@ -188,6 +206,27 @@ class ComparisonTotals:
             for (name, metric), index in place.items()
             if name in others and name != self._subject
         }
+
+    def _empty(self) -> ClassificationTotals | RegressionTotals:
+        return RegressionTotals() if self._regression else ClassificationTotals(self._outputs, self._values)
+
+    def _row_gains(self, costs: Mapping[tuple[str, str], Floats]) -> list[Floats]:
+        """By metric, what every row [rows] gains over the population; one empty column where there is nothing to gain."""
+        return [costs[over, metric] - costs[self._subject, metric] for over, metric in self._gained([POPULATION])] or [
+            np.zeros_like(next(iter(costs.values())))
+        ]
+
+    @staticmethod
+    def _p_values(
+        gained: Mapping[tuple[str, str], tuple[int, int]], sums: NDArray[np.float32], rows: NDArray[np.int32]
+    ) -> dict[tuple[str, str], float]:
+        """Of every gain [users, gains], adjusted over the predictors that one metric compares."""
+        raw = {column: p_value(*ratio_and_error(sums[:, place], rows)) for place, column in enumerate(gained)}
+        adjusted: dict[tuple[str, str], float] = {}
+        for metric in dict.fromkeys(metric for _, metric in gained):
+            columns = [column for column in gained if column[1] == metric]
+            adjusted |= dict(zip(columns, holm([raw[column] for column in columns]), strict=True))
+        return adjusted
 
     @staticmethod
     def _user_gains(costs: NDArray[np.float32], gained: Mapping[tuple[str, str], tuple[int, int]]) -> NDArray[np.float32]:
@@ -210,14 +249,16 @@ def compare(
     row_users: Ints,
     task: Task,
     *,
+    values: Floats | None = None,
     examples: int | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Score every predictor and pair `subject` with each other one: `ComparisonTotals` of rows that are all at hand.
 
     predicted: by name, log-probabilities [rows, classes], or values [rows] of a regression. Needs at least one row.
+    values: see ComparisonTotals.
     """
-    totals = ComparisonTotals(subject, task, next(iter(predicted.values())).shape[-1] if task == "classification" else 1)
+    totals = ComparisonTotals(subject, task, next(iter(predicted.values())).shape[-1] if task == "classification" else 1, values)
     totals.add(predicted, labels, row_users)
     return totals.result(examples=examples, seed=seed)
 
@@ -225,10 +266,3 @@ def compare(
 def _as_value(metric: str, cost: Interval) -> Interval:
     """Accuracy counts as a cost with the other sign."""
     return Interval(-cost.mean, -cost.high, -cost.low) if metric == "accuracy" else cost
-
-
-def histogram(gains: Floats) -> dict[str, Any]:
-    """The users' gains as plain values: bin edges, users in each bin, share of users who are better off."""
-    counts, edges = np.histogram(gains, bins=HISTOGRAM_BINS)
-    better = float((gains > 0).mean())
-    return {"edges": [round(float(edge), 5) for edge in edges], "users": counts.tolist(), "share_better": round(better, 5)}

@@ -5,6 +5,8 @@ Scores come from totals that rows are added to in any number of pieces, so nothi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -13,27 +15,46 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
+ECE_BINS = 15
 BOOTSTRAP_ROUNDS = 1000
 BOOTSTRAP_DRAWS_AT_ONCE = 4_000_000  # of users: bounds the index arrays to some tens of megabytes
 NORMAL_ABOVE_USERS = 50_000  # from here the means are normal to three digits, and their variance needs no draws
 
 
 @dataclass(frozen=True)
+class OrderedScores:
+    """Of classes that are numbers: mean squared error of the class answered, its root, mean absolute error; kappa: Cohen's, quadratic."""
+
+    mse: float
+    rmse: float
+    mae: float
+    kappa: float
+
+
+@dataclass(frozen=True)
 class ClassificationScores:
-    """accuracy, macro_f1 (over the classes present), nll (mean negative log-likelihood, nats) over `rows` rows."""
+    """accuracy, macro_f1 (over the classes present), nll (mean negative log-likelihood, nats) over `rows` rows.
+
+    brier: mean squared distance of the probabilities from the label's, 0 to 2 (Brier 1950). ece: expected calibration error of the
+    class answered, in ECE_BINS bins of equal width (Guo et al. 2017). ordered: where the classes are numbers.
+    """
 
     rows: int
     accuracy: float
     macro_f1: float
     nll: float
+    brier: float
+    ece: float
+    ordered: OrderedScores | None = None
 
 
 @dataclass(frozen=True)
 class RegressionScores:
-    """Mean squared and mean absolute error, and R squared against the mean, in units of the label, over `rows` rows."""
+    """Mean squared error, its root, mean absolute error, and R squared against the mean, in units of the label, over `rows` rows."""
 
     rows: int
     mse: float
+    rmse: float
     mae: float
     r2: float
 
@@ -55,25 +76,53 @@ def row_nll(log_probabilities: Floats, labels: Ints) -> Floats:
 
 
 class ClassificationTotals:
-    """What `rows` so far add up to, over `classes` classes; numbers of rows that were right, labelled and answered so, by class."""
+    """What `rows` so far add up to, over `classes` classes; numbers of rows that were right, labelled and answered so, by class.
 
-    def __init__(self, classes: int) -> None:
+    values: [classes] the classes as numbers, where they have an order.
+    """
+
+    def __init__(self, classes: int, values: Floats | None = None) -> None:
         self._right, self._labelled, self._chosen = np.zeros((3, classes), np.int64)
-        self._nll = 0.0
+        self._nll = self._brier = 0.0
+        self._bins = np.zeros((2, ECE_BINS))  # sums of confidences, numbers of right answers
+        self._values = values
+        self._errors = np.zeros(2)  # sums of squared and absolute differences of the classes' values
 
     def add(self, log_probabilities: Floats, labels: Ints) -> None:
         """Count log-probabilities [rows, classes] against class indices [rows]."""
         chosen, classes = log_probabilities.argmax(axis=1), len(self._right)
-        self._right += np.bincount(labels[chosen == labels], minlength=classes)
+        probabilities, right = np.exp(log_probabilities), chosen == labels
+        self._right += np.bincount(labels[right], minlength=classes)
         self._labelled += np.bincount(labels, minlength=classes)
         self._chosen += np.bincount(chosen, minlength=classes)
         self._nll += float(row_nll(log_probabilities, labels).sum(dtype=np.float64))
+        of_label = probabilities[np.arange(len(labels)), labels]
+        self._brier += float(((probabilities**2).sum(axis=1) - 2 * of_label + 1).sum(dtype=np.float64))
+        confidence = probabilities.max(axis=1, initial=0.0)
+        bins = np.minimum((confidence * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+        self._bins += [np.bincount(bins, weights=weights, minlength=ECE_BINS) for weights in (confidence, right.astype(np.float64))]
+        if self._values is not None:
+            away = self._values[chosen] - self._values[labels]
+            self._errors += [(away**2).sum(), np.abs(away).sum()]
 
     def scores(self) -> ClassificationScores:
         """Scores of everything added, which must be one row at least."""
         rows, present = int(self._labelled.sum()), self._labelled > 0
         f1 = 2 * self._right[present] / (self._labelled + self._chosen)[present]
-        return ClassificationScores(rows, float(self._right.sum() / rows), float(f1.mean()), self._nll / rows)
+        return ClassificationScores(
+            rows=rows, accuracy=float(self._right.sum() / rows), macro_f1=float(f1.mean()), nll=self._nll / rows, brier=self._brier / rows,
+            ece=float(np.abs(self._bins[0] - self._bins[1]).sum() / rows), ordered=self._ordered(rows),
+        )  # fmt: skip
+
+    def _ordered(self, rows: int) -> OrderedScores | None:
+        if self._values is None:
+            return None
+        squared, absolute = (float(value) / rows for value in self._errors)
+        truth, answers = self._labelled / rows, self._chosen / rows
+        # What independent answers of the same frequencies would be off by: E[(a - b)^2].
+        by_chance = truth @ self._values**2 + answers @ self._values**2 - 2 * (truth @ self._values) * (answers @ self._values)
+        kappa = 1 - squared / by_chance if by_chance > 0 else 0.0
+        return OrderedScores(squared, squared**0.5, absolute, float(kappa))
 
 
 class RegressionTotals:
@@ -99,7 +148,7 @@ class RegressionTotals:
         """Scores of everything added, which must be one row at least."""
         rows = self._rows
         r2 = 1 - self._squares / self._spread if self._spread else 0.0
-        return RegressionScores(rows, self._squares / rows, self._absolute / rows, r2)
+        return RegressionScores(rows, self._squares / rows, (self._squares / rows) ** 0.5, self._absolute / rows, r2)
 
 
 def classification_scores(log_probabilities: Floats, labels: Ints) -> ClassificationScores:
@@ -130,12 +179,32 @@ def bootstrap_ratios(sums: Floats | Ints, rows: Floats | Ints, seed: int = 0) ->
 
 def _normal_ratios(sums: Floats | Ints, rows: Floats | Ints) -> list[tuple[float, float]]:
     """Delta method, one column at a time: variance of sum(s) / sum(n) over users = sum((s - mean n)^2) / sum(n)^2."""
-    total, intervals = float(rows.sum(dtype=np.float64)), []
+    intervals = []
     for column in sums.T:
-        mean = float(column.sum(dtype=np.float64)) / total
-        half = 1.96 * float(np.sqrt(((column - mean * rows) ** 2).sum(dtype=np.float64))) / total
-        intervals.append((mean - half, mean + half))
+        mean, error = ratio_and_error(column, rows)
+        intervals.append((mean - 1.96 * error, mean + 1.96 * error))
     return intervals
+
+
+def ratio_and_error(sums: Floats | Ints, rows: Floats | Ints) -> tuple[float, float]:
+    """Mean over rows and its standard error, as users vary. sums, rows: [users] sums over each user's rows, and how many they are."""
+    total = float(rows.sum(dtype=np.float64))
+    mean = float(sums.sum(dtype=np.float64)) / total
+    return mean, float(np.sqrt(((sums - mean * rows) ** 2).sum(dtype=np.float64))) / total
+
+
+def p_value(mean: float, error: float) -> float:
+    """Two-sided, of a mean of zero, by the normal law."""
+    return math.erfc(abs(mean) / error / math.sqrt(2)) if error > 0 else float(mean == 0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several tests, adjusted so that all hold together (Holm 1979)."""
+    order, adjusted, largest = np.argsort(p_values), [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order.tolist()):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
 
 
 def bootstrap_by_user(values: Floats, users: Ints, seed: int = 0) -> tuple[float, float]:
@@ -162,5 +231,7 @@ def paired(better: Floats, worse: Floats, users: Ints, seed: int = 0) -> dict[st
 
 
 def as_json(scores: Scores) -> dict[str, float | int]:
-    """Plain values, rounded to what the data can tell."""
-    return {name: value if isinstance(value, int) else round(value, 5) for name, value in asdict(scores).items()}
+    """Plain values, rounded to what the data can tell; those of ordered classes beside the others."""
+    values = asdict(scores)
+    values |= values.pop("ordered", None) or {}
+    return {name: value if isinstance(value, int) else round(value, 5) for name, value in values.items()}

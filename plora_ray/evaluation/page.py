@@ -18,7 +18,10 @@ PREDICTORS = {
     LABEL_PRIOR: "the user's own labels, no text",
     MAJORITY: "everybody's labels, no text",
 }
-METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "mse": "MSE", "mae": "MAE", "r2": "R²"}
+METRICS = {
+    "accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "brier": "Brier", "ece": "ECE", "mse": "MSE", "rmse": "RMSE",
+    "mae": "MAE", "kappa": "kappa", "r2": "R²",
+}  # fmt: skip
 INTERVALS = "Intervals: 95 %, bootstrap over whole users. Gains are paired on the same rows; positive is better for every metric."
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}

@@ -14,8 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plora_ray.evaluation.comparison import HISTOGRAM_BINS, LABEL_PRIOR, POPULATION, WITH_USER, Comparison
+from plora_ray.evaluation.comparison import LABEL_PRIOR, POPULATION, WITH_USER, Comparison
 from plora_ray.evaluation.metrics import Floats
+from plora_ray.evaluation.user_gains import HISTOGRAM_BINS
 
 COLOURS = {WITH_USER: "#1a6fb5", POPULATION: "#777777", LABEL_PRIOR: "#c98a1b"}
 NAMES = {WITH_USER: "with user", POPULATION: "without user", LABEL_PRIOR: "the user's own labels"}

@@ -189,7 +189,8 @@ class _Run:
         predicted = {} if personal is None else {WITH_USER: predictions(personal, labels)}
         predicted[POPULATION] = predictions(self.scorer.population(rows.row_texts[chosen]), labels)
         predicted |= self._baselines(rows.row_users[chosen], examples)
-        return compare(subject, predicted, rows.labels[chosen], rows.row_users[chosen], labels.task, examples=examples)
+        truth, owners = rows.labels[chosen], rows.row_users[chosen]
+        return compare(subject, predicted, truth, owners, labels.task, values=labels.values, examples=examples)
 
     def _baselines(self, row_users: Ints, examples: int | None) -> dict[str, Floats]:
         """The baselines that read no text; without any training row in the data there is nothing to make them of."""

@@ -91,7 +91,7 @@ def write_report(evaluation: Evaluation, out: Path) -> dict[str, Any]:
 
 def _plots(evaluation: Evaluation) -> dict[str, bytes]:
     full, few = evaluation.comparisons("full"), evaluation.comparisons("few")
-    plots = {GAIN_PLOT: gain_histograms({full[0].loss: full[0].user_gains})} if full else {}
+    plots = {GAIN_PLOT: gain_histograms({full[0].loss: full[0].user_gains.means})} if full and full[0].user_gains else {}
     return {**plots, FEW_PLOT: few_shot_curves(few)} if few else plots
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval
 
 FEWEST_USERS = 10  # below it a bootstrap over users says little
+CHANCE_PERCENT = 2.5  # beyond NOISE standard errors on one side
 
 
 def verdict(full: Comparison | None, few: Sequence[Comparison], zero: Comparison | None) -> str:
@@ -25,7 +26,18 @@ def _full(comparison: Comparison) -> str:
     )
     if metric == "accuracy":
         text += f" The probabilities: {_judged('nll', comparison.gains[POPULATION]['nll'], comparison.users)} in negative log-likelihood."
-    return text + _against_labels(comparison)
+    return text + _who(comparison) + _against_labels(comparison)
+
+
+def _who(comparison: Comparison) -> str:
+    """Who gains and who loses, where there are users enough with rows enough to tell."""
+    gains = comparison.user_gains
+    if gains is None or gains.judged < FEWEST_USERS:
+        return ""
+    return (
+        f" Of the {gains.judged:,} users with test rows enough to tell, {100 * gains.helped:.0f} % gain beyond noise and "
+        f"{100 * gains.harmed:.0f} % lose; about {CHANCE_PERCENT} % would do either by chance."
+    )
 
 
 def _against_labels(comparison: Comparison) -> str:

@@ -130,7 +130,8 @@ class TrainingReport:
         if self.ceilings is not None:
             known, unknown = 100 * self.ceilings.with_user, 100 * self.ceilings.without_user
             parts.append(f"<p>Made-up users: no predictor can expect more than {known:.1f} % with the user, {unknown:.1f} % without.</p>")
-        parts += ["<h2>Who gains</h2>", picture("gain per user", gain_histograms(self.totals.user_gains()))]
+        gains = {metric: found.means for metric, found in self.totals.user_gains().items()}
+        parts += ["<h2>Who gains</h2>", picture("gain per user", gain_histograms(gains))]
         parts.append("<h2>Gain by the user's number of training rows</h2>")
         return [*parts, picture("gain by training rows", plots.gain_by_training_rows(self.totals.gain_by_training_rows()))]
 

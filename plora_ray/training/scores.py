@@ -10,8 +10,9 @@ import numpy as np
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.data.stats import PartitionStats
 from plora_ray.evaluation.baselines import LabelHistory
-from plora_ray.evaluation.comparison import LABEL_PRIOR, POPULATION, WITH_USER, Comparison, ComparisonTotals, Interval, histogram
+from plora_ray.evaluation.comparison import LABEL_PRIOR, POPULATION, WITH_USER, Comparison, ComparisonTotals, Interval
 from plora_ray.evaluation.metrics import Floats, Ints, as_json, log_softmax
+from plora_ray.evaluation.user_gains import UserGains
 from plora_ray.training.run_state import WaveOutcome
 
 REMAINING_EDGES = np.linspace(0, 1, 21)
@@ -44,7 +45,7 @@ class WaveTotals:
         self._remaining_sum = 0.0
         self._labels = labels
         self._overall = _label_frequencies(labels, stats)
-        self._totals = ComparisonTotals(WITH_USER, labels.task, labels.outputs)
+        self._totals = ComparisonTotals(WITH_USER, labels.task, labels.outputs, labels.values)
         self._tested_examples: list[Ints] = []
 
     def add(self, outcome: WaveOutcome) -> None:
@@ -74,10 +75,9 @@ class WaveTotals:
         """With the user, without, and by the user's own labels; None without test rows."""
         return self._totals.result() if self.tested else None
 
-    def user_gains(self) -> dict[str, Floats]:
-        """By metric, each tested user's mean gain over the population."""
-        metrics = ("mse",) if self._labels.task == "regression" else ("nll", "accuracy")
-        return {metric: self._totals.user_gains(metric) for metric in metrics} if self.tested else {}
+    def user_gains(self) -> dict[str, UserGains]:
+        """By metric, each tested user's gain over the population."""
+        return self._totals.user_gains() if self.tested else {}
 
     def gain_by_training_rows(self) -> list[RowBucket]:
         """Tested users by 1, 2 to 3, 4 to 7, ... training rows."""
@@ -98,9 +98,9 @@ class WaveTotals:
             "with_user": as_json(comparison.predictors[WITH_USER].scores),
             "without_user": as_json(comparison.predictors[POPULATION].scores),
             "user_label_prior": as_json(comparison.predictors[LABEL_PRIOR].scores),
-            **{names[metric]: vars(gain) for metric, gain in comparison.gains[POPULATION].items()},
+            **{names[metric]: gain.to_json() for metric, gain in comparison.gains[POPULATION].items()},
             "gain_over_user_label_prior": {metric: gain.to_json() for metric, gain in comparison.gains[LABEL_PRIOR].items()},
-            "user_gains": {metric: histogram(gains) for metric, gains in self.user_gains().items()},
+            "user_gains": {metric: gains.to_json() for metric, gains in self.user_gains().items()},
             "gain_by_training_rows": [bucket.to_json() for bucket in self.gain_by_training_rows()],
         }
 

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, log_loss, mean_absolute_error, mean_squared_error, r2_score
+from scipy import stats
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import (
+    accuracy_score,
+    brier_score_loss,
+    cohen_kappa_score,
+    f1_score,
+    log_loss,
+    mean_absolute_error,
+    mean_squared_error,
+    r2_score,
+)
 
+from plora_ray.adapters.labels import LabelSpace
 from plora_ray.evaluation import metrics
 from plora_ray.evaluation.baselines import LabelHistory
-from plora_ray.evaluation.comparison import POPULATION, WITH_USER, compare
+from plora_ray.evaluation.comparison import MAJORITY, POPULATION, WITH_USER, ComparisonTotals, compare
+from plora_ray.evaluation.user_gains import UserGains
 
 GENERATOR = np.random.default_rng(0)
 
@@ -25,6 +38,38 @@ def test_classification_scores_are_those_of_scikit_learn() -> None:
     assert scores.accuracy == pytest.approx(accuracy_score(labels, chosen))
     assert scores.macro_f1 == pytest.approx(f1_score(labels, chosen, average="macro"))
     assert scores.nll == pytest.approx(log_loss(labels, np.exp(log_probabilities)))
+    assert scores.brier == pytest.approx(brier_score_loss(labels, np.exp(log_probabilities), scale_by_half=False))
+    assert scores.ordered is None and "kappa" not in metrics.as_json(scores)
+
+
+def test_calibration_is_how_far_confidence_is_from_being_right_bin_by_bin() -> None:
+    labels = GENERATOR.integers(0, 2, 3000)
+    log_probabilities = metrics.log_softmax(GENERATOR.normal(size=(3000, 2)) * 2)
+    confidence, right = np.exp(log_probabilities.max(axis=1)), log_probabilities.argmax(axis=1) == labels
+    share, mean = calibration_curve(right, confidence, n_bins=metrics.ECE_BINS)
+    counts = np.histogram(confidence, bins=np.linspace(0, 1, metrics.ECE_BINS + 1))[0]
+    expected = (np.abs(share - mean) * counts[counts > 0]).sum() / 3000
+    assert metrics.classification_scores(log_probabilities, labels).ece == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_classes_that_are_numbers_have_errors_in_their_units_and_a_quadratic_kappa(pieces: int) -> None:
+    generator = np.random.default_rng(11)
+    labels = generator.integers(0, 5, 300)
+    log_probabilities = metrics.log_softmax(generator.normal(size=(300, 5)) + 2 * np.eye(5)[labels])
+    totals = metrics.ClassificationTotals(5, LabelSpace("classification", ("1", "2", "3", "4", "5")).values)
+    for rows in np.array_split(np.arange(300), pieces):
+        totals.add(log_probabilities[rows], labels[rows])
+    found, stars, chosen = totals.scores().ordered, labels + 1, log_probabilities.argmax(axis=1) + 1
+    assert found is not None
+    assert found.kappa == pytest.approx(cohen_kappa_score(stars, chosen, weights="quadratic"))
+    assert found.mse == pytest.approx(mean_squared_error(stars, chosen)) and found.rmse == pytest.approx(found.mse**0.5)
+    assert found.mae == pytest.approx(mean_absolute_error(stars, chosen))
+
+
+@pytest.mark.parametrize("classes", [("no", "yes"), ("0", "1"), ("1", "2", "x"), ("1", "2", "nan")])
+def test_names_and_pairs_have_no_order(classes: tuple[str, ...]) -> None:
+    assert LabelSpace("classification", classes).values is None
 
 
 def test_macro_f1_leaves_out_classes_that_no_label_has() -> None:
@@ -117,7 +162,52 @@ def test_a_gain_is_positive_when_the_subject_is_better_and_is_paired_by_row(user
     nll = found.gains[POPULATION]["nll"]
     assert (nll.mean, nll.low, nll.high) == pytest.approx((np.log(0.9 / 0.5),) * 3)  # the same for every row: no uncertainty
     assert found.gains[POPULATION]["accuracy"].mean == pytest.approx((labels == 1).mean())
-    np.testing.assert_allclose(found.user_gains, np.log(0.9 / 0.5), rtol=1e-6)
+    assert found.user_gains is not None
+    np.testing.assert_allclose(found.user_gains.means, np.log(0.9 / 0.5), rtol=1e-6)
+    assert nll.p == 0.0 and found.user_gains.helped == 1.0 and found.user_gains.harmed == 0.0
+
+
+def test_users_are_judged_by_the_noise_of_their_own_rows_whatever_the_pieces() -> None:
+    generator = np.random.default_rng(12)
+    users = np.repeat(np.arange(60), generator.integers(2, 30, 60))
+    labels = generator.integers(0, 2, len(users))
+    predicted = {name: metrics.log_softmax(generator.normal(size=(len(users), 2))) for name in (WITH_USER, POPULATION)}
+    totals = ComparisonTotals(WITH_USER, "classification", 2)
+    for part in np.array_split(np.arange(60), 7):
+        rows = np.isin(users, part)
+        totals.add({name: values[rows] for name, values in predicted.items()}, labels[rows], users[rows])
+    gains = totals.user_gains()["nll"]
+    per_row = metrics.row_nll(predicted[POPULATION], labels) - metrics.row_nll(predicted[WITH_USER], labels)
+    by_user = [per_row[users == user] for user in range(60)]
+    enough = [values for values in by_user if len(values) >= 5]
+    np.testing.assert_allclose(gains.means, [values.mean() for values in by_user], atol=1e-5)
+    np.testing.assert_allclose(gains.errors[np.isfinite(gains.errors)], [stats.sem(values) for values in enough], rtol=1e-3)
+    assert gains.judged == len(enough) < 60
+    assert gains.harmed == pytest.approx(np.mean([values.mean() < -1.96 * stats.sem(values) for values in enough]))
+    assert gains.worst_decile == pytest.approx(np.sort([values.mean() for values in by_user])[:6].mean(), abs=1e-5)
+
+
+def test_an_adapter_that_does_nothing_helps_and_harms_few_users_beyond_noise() -> None:
+    rows = np.full(4000, 40)
+    noise = np.random.default_rng(13).normal(size=(4000, 40))
+    gains = UserGains.of(noise.sum(axis=1), (noise**2).sum(axis=1), rows)
+    assert 0.015 < gains.harmed < 0.045 and 0.015 < gains.helped < 0.045
+
+
+def test_p_values_are_of_users_not_rows_and_hold_together(users: np.ndarray) -> None:
+    generator = np.random.default_rng(14)
+    labels = generator.integers(0, 2, len(users))
+    predicted = {name: metrics.log_softmax(generator.normal(size=(len(users), 2))) for name in (WITH_USER, POPULATION, MAJORITY)}
+    found = compare(WITH_USER, predicted, labels, users, "classification")
+    raw = []
+    for name in (POPULATION, MAJORITY):
+        gain = metrics.row_nll(predicted[name], labels) - metrics.row_nll(predicted[WITH_USER], labels)
+        influence = [(gain[users == user] - gain.mean()).sum() / len(users) for user in np.unique(users)]
+        raw.append(2 * stats.norm.sf(abs(gain.mean()) / np.sqrt(np.square(influence).sum())))
+    expected = [min(1, 2 * raw[0]), raw[1]] if raw[0] <= raw[1] else [raw[0], min(1, 2 * raw[1])]
+    expected = [max(value, min(1, 2 * min(raw))) for value in expected]
+    assert [found.gains[name]["nll"].p for name in (POPULATION, MAJORITY)] == pytest.approx(expected, rel=1e-3)
+    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_the_label_prior_draws_a_users_labels_towards_everybodys() -> None:

@@ -1,0 +1,67 @@
+"""Who gains and who loses: each user's own gain over the population, and which of them are more than chance.
+
+Pure numpy: knows sums over users' rows; doesn't know users, texts or predictors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from plora_ray.evaluation.metrics import Floats, Ints
+
+HISTOGRAM_BINS = 30
+FEWEST_ROWS = 5  # of a user: below it a gain's own noise can't be told
+NOISE = 1.96  # standard errors: of users whom the adapter does nothing, one in forty is beyond it on either side by chance
+
+
+@dataclass(frozen=True, eq=False)
+class UserGains:
+    """means: [users] mean gain a row, positive is better. errors: [users] standard errors over the user's rows, NaN below FEWEST_ROWS."""
+
+    means: Floats
+    errors: Floats
+
+    @classmethod
+    def of(cls, sums: Floats, squares: Floats, rows: Ints) -> UserGains:
+        """sums, squares: [users] of the gains of each user's rows; rows: [users] how many they are, one at least."""
+        means = sums / rows
+        variance = np.maximum(squares / rows - means**2, 0) * rows / np.maximum(rows - 1, 1)
+        return cls(means, np.where(rows >= FEWEST_ROWS, np.sqrt(variance / rows), np.nan))
+
+    @property
+    def judged(self) -> int:
+        """Users with rows enough to tell a gain from noise."""
+        return int(np.isfinite(self.errors).sum())
+
+    @property
+    def helped(self) -> float:
+        """Share of the judged users who gain beyond noise."""
+        return float((self.means > NOISE * self.errors).sum()) / max(self.judged, 1)
+
+    @property
+    def harmed(self) -> float:
+        """Share of the judged users who lose beyond noise."""
+        return float((self.means < -NOISE * self.errors).sum()) / max(self.judged, 1)
+
+    @property
+    def worst_decile(self) -> float:
+        """Mean gain of the tenth of the users who gain least; one user at least."""
+        lowest = np.sort(self.means)[: max(1, len(self.means) // 10)]
+        return float(lowest.mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: a histogram of the means, and the shares."""
+        counts, edges = np.histogram(self.means, bins=HISTOGRAM_BINS)
+        shares = {
+            "share_better": float((self.means > 0).mean()), "share_helped": self.helped, "share_harmed": self.harmed,
+            "worst_decile": self.worst_decile,
+        }  # fmt: skip
+        return {
+            "edges": [round(float(edge), 5) for edge in edges],
+            "users": counts.tolist(),
+            "users_judged": self.judged,
+            **{name: round(value, 5) for name, value in shares.items()},
+        }
