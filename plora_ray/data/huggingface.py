@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plora_ray.data.formats import ROWS_PER_CHUNK, Records
+from plora_ray.data.rows import SPLIT_ALIASES
+from plora_ray.data.units import ReadUnit
 from plora_ray.errors import DataError
 
 if TYPE_CHECKING:
@@ -45,6 +47,25 @@ class HuggingFaceName:
         on_disk = Path(rest).exists()
         names_split = slash and not on_disk and (Path(head).is_dir() or head.count("/") == 1 or last in {"train", "validation", "test"})
         return cls(head, None, last) if names_split else cls(rest, None, None)
+
+
+def hugging_face_units(url: str) -> list[ReadUnit]:
+    """One unit a shard. Several splits name the rows' splits; one alone is a plain set of rows to be divided."""
+    chosen = HuggingFaceName.from_url(url)
+    splits = hugging_face_splits(chosen.name, chosen.config)
+    if chosen.split is not None and chosen.split not in splits:
+        raise DataError(f"{url} has no split {chosen.split!r}; it has: {', '.join(splits)}")
+    names = [chosen.split] if chosen.split is not None else list(splits)
+    unknown = [name for name in names if len(names) > 1 and name not in SPLIT_ALIASES]
+    if unknown:
+        raise DataError(f"{url} has splits that are neither train, validation nor test ({', '.join(unknown)}): name one as {url}/SPLIT")
+    version = hugging_face_version(chosen.name, chosen.config)
+    return [
+        ReadUnit(kind="hf", file=f"hf://{chosen.name}:{chosen.config or ''}/{name}#{shard}", part=shard, split=name,
+                 names_split=len(names) > 1, version=version)
+        for name in names
+        for shard in range(splits[name].num_shards)
+    ]  # fmt: skip
 
 
 @lru_cache(maxsize=8)

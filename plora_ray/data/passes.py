@@ -18,10 +18,11 @@ from pydantic import BaseModel
 
 from plora_ray.data.fragments import FragmentWriter, read_pieces
 from plora_ray.data.rows import SPLITS, BadRow, RawRows, RowRules, SplitName, Task, split_by_text
-from plora_ray.data.sources import ReadUnit, SourceSettings, read_unit
+from plora_ray.data.sources import SourceSettings, read_unit
 from plora_ray.data.stats import PartitionCounts, refuse_too_many_classes
 from plora_ray.data.table import PartitionTable, as_partition, partition_schema, write_partition
 from plora_ray.data.trained_users import TrainedUsers, trained_users, write_trained_users
+from plora_ray.data.units import ReadUnit
 from plora_ray.errors import ModelError, PloraError
 from plora_ray.identity import partition_of, user_key
 from plora_ray.store.objects import ObjectRange, ObjectStore

@@ -21,10 +21,12 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from plora_ray.data.formats import COMPRESSIONS, EXTENSIONS, Records, csv_records, format_of, is_data_file, json_records, parquet_records
-from plora_ray.data.huggingface import HuggingFaceName, hugging_face_records, hugging_face_splits, hugging_face_version
+from plora_ray.data.huggingface import HuggingFaceName, hugging_face_records, hugging_face_splits, hugging_face_units
 from plora_ray.data.locations import holds_credentials, shown_location
-from plora_ray.data.rows import SPLIT_ALIASES, BadRow, RawRows, RowProblem, class_label
+from plora_ray.data.paper import PAPER, paper_records, paper_units
+from plora_ray.data.rows import BadRow, RawRows, RowProblem, class_label
 from plora_ray.data.synthetic import SyntheticParams, rows_of_user
+from plora_ray.data.units import ReadUnit
 from plora_ray.errors import DataError
 
 SYNTHETIC_USERS_PER_UNIT = 2000
@@ -102,28 +104,6 @@ class SourceSettings(BaseModel):
         return shown_location(self.source)
 
 
-class ReadUnit(BaseModel):
-    """What one task reads. `first` is the first row of a row group (from 1) or the first synthetic user (from 0)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    kind: Literal["parquet", "csv", "jsonl", "hf", "synthetic"]
-    file: str  # a path, or the URL of what isn't a file
-    part: int = 0  # row group or shard
-    first: int = 0
-    count: int = 0  # synthetic users
-    rows: int = 0  # as far as the source tells without being read
-    split: str | None = None  # the Hugging Face split to read
-    names_split: bool = False  # whether that split is also the rows' split
-    size_bytes: int = 0  # of the file; of a row group without compression
-    version: str = ""  # changes when the content does
-
-    @property
-    def shown(self) -> str:
-        """The file as people may see it."""
-        return shown_location(self.file)
-
-
 def list_units(settings: SourceSettings) -> list[ReadUnit]:
     """Return the units of the source in a stable order; at least one.
 
@@ -138,7 +118,9 @@ def list_units(settings: SourceSettings) -> list[ReadUnit]:
             for count in (min(SYNTHETIC_USERS_PER_UNIT, params.users - first),)
         ]
     if settings.source.startswith("hf://"):
-        return _hugging_face_units(settings.source)
+        return hugging_face_units(settings.source)
+    if settings.source.startswith(PAPER):
+        return paper_units(settings.source)
     files, fs = _list_files(settings)
     with ThreadPoolExecutor(FOOTER_THREADS) as threads:
         return [unit for units in threads.map(lambda file: _units_of_file(fs, file, settings), files) for unit in units]
@@ -237,30 +219,13 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _hugging_face_units(url: str) -> list[ReadUnit]:
-    """One unit a shard. Several splits name the rows' splits; one alone is a plain set of rows to be divided."""
-    chosen = HuggingFaceName.from_url(url)
-    splits = hugging_face_splits(chosen.name, chosen.config)
-    if chosen.split is not None and chosen.split not in splits:
-        raise DataError(f"{url} has no split {chosen.split!r}; it has: {', '.join(splits)}")
-    names = [chosen.split] if chosen.split is not None else list(splits)
-    unknown = [name for name in names if len(names) > 1 and name not in SPLIT_ALIASES]
-    if unknown:
-        raise DataError(f"{url} has splits that are neither train, validation nor test ({', '.join(unknown)}): name one as {url}/SPLIT")
-    version = hugging_face_version(chosen.name, chosen.config)
-    return [
-        ReadUnit(kind="hf", file=f"hf://{chosen.name}:{chosen.config or ''}/{name}#{shard}", part=shard, split=name,
-                 names_split=len(names) > 1, version=version)
-        for name in names
-        for shard in range(splits[name].num_shards)
-    ]  # fmt: skip
-
-
 def _records(unit: ReadUnit, settings: SourceSettings) -> Iterator[Records]:
     columns = settings.columns
     wanted = frozenset({columns.user_id, columns.text, columns.label, *columns.optional().values(), *settings.filter})
     if unit.kind == "synthetic":
         yield from _synthetic_records(unit)
+    elif unit.kind == "paper":
+        yield from paper_records(unit)
     elif unit.kind == "hf":
         assert unit.split is not None  # set by _hugging_face_units
         chosen = HuggingFaceName.from_url(unit.file.partition("#")[0])

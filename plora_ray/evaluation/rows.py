@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.data.rows import BadRow, Row, RowRules, split_by_text
-from plora_ray.data.sources import ReadUnit, SourceSettings, list_units, read_unit
+from plora_ray.data.sources import SourceSettings, list_units, read_unit
+from plora_ray.data.units import ReadUnit
 from plora_ray.errors import DataError
 from plora_ray.evaluation.baselines import LabelHistory
 from plora_ray.store import AdapterStore, GenerationReader

@@ -10,9 +10,10 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.pretrained import load_tokenizer, resolve_model, weight_hash
 from plora_ray.config import Settings
 from plora_ray.data.partition import partition_rows
-from plora_ray.data.sources import ReadUnit, fingerprint, list_units, suggest_partitions
+from plora_ray.data.sources import fingerprint, list_units, suggest_partitions
 from plora_ray.data.stats import PartitionStats, label_space
 from plora_ray.data.trained_users import TrainedUsers, read_trained_users
+from plora_ray.data.units import ReadUnit
 from plora_ray.errors import ConfigError, StoreError
 from plora_ray.store import AdapterStore
 from plora_ray.store.retries import retrying
