@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from pydantic import BaseModel
 
 from plora_ray.data.fragments import FragmentWriter, read_pieces
-from plora_ray.data.rows import SPLITS, BadRow, RawRows, RowRules, SplitName, Task, split_by_text
+from plora_ray.data.rows import SPLITS, BadRow, RawRows, SplitName, Task
 from plora_ray.data.sources import SourceSettings, read_unit
 from plora_ray.data.stats import PartitionCounts, refuse_too_many_classes
 from plora_ray.data.table import PartitionTable, as_partition, partition_schema, write_partition
@@ -86,7 +86,7 @@ def fragment_unit(job: PartitionJob, item: str) -> str:
 
 
 def _fragment(job: PartitionJob, unit: ReadUnit, index: int) -> UnitResult:
-    settings, rules = job.settings, RowRules(job.task, job.settings.max_text_chars)
+    settings, rules, division = job.settings, job.settings.row_rules(job.task), job.settings.split_rules(job.seed)
     writer = FragmentWriter(job.destination, job.fragments, index, job.task, job.partitions)
     result = UnitResult(unit=index)
     skipped: Counter[str] = Counter()
@@ -100,7 +100,7 @@ def _fragment(job: PartitionJob, unit: ReadUnit, index: int) -> UnitResult:
                     result.bad_rows.append((checked.file, checked.row, checked.reason))
                 continue
             number, row = checked
-            split = row.split or split_by_text(row.text, job.seed, settings.validation_fraction, settings.test_fraction)
+            split = division.of(row)
             key = user_key(row.user_id, job.secret)
             writer.add(partition_of(key, job.partitions), key, number, row, split)
             result.rows += 1

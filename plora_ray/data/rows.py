@@ -6,7 +6,6 @@ are stored. Reasons for refusing a row never repeat its user id or text: they en
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,20 +78,24 @@ class RowProblem(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RowRules:
-    """What a row must satisfy for a task."""
+    """What a row must satisfy for a task. dated: whether it needs a timestamp."""
 
     task: Task
     max_text_chars: int
+    dated: bool = False
 
     def row(self, user_id: object, text: object, label: object, split: object | None, timestamp: object | None) -> Row:
         """Return the canonical row; a `split` or `timestamp` of None counts as not given. Raises RowProblem."""
-        return Row(
+        row = Row(
             canonical_user_id(user_id),
             self.text(text),
             class_label(label) if self.task == "classification" else number_label(label),
             None if split is None else canonical_split(split),
             None if timestamp is None else canonical_timestamp(timestamp),
         )
+        if self.dated and row.timestamp is None:
+            raise RowProblem("timestamp is missing, and split_times divides the rows by it")
+        return row
 
     def text(self, text: object) -> str:
         """Return `text` unchanged if it can be tokenised. Raises RowProblem."""
@@ -205,12 +208,3 @@ def canonical_timestamp(value: object) -> datetime | None:
     except (ValueError, OverflowError, OSError):
         pass
     raise RowProblem("timestamp is not a date, an ISO 8601 time or Unix seconds")
-
-
-def split_by_text(text: str, seed: int, validation_fraction: float, test_fraction: float) -> SplitName:
-    """Return the split of a text whose source names none: a hash of the text and `seed`, so equal texts stay together."""
-    digest = hashlib.blake2b(text.encode("utf-8"), key=seed.to_bytes(8, "big", signed=True), digest_size=8).digest()
-    share = int.from_bytes(digest, "big") / 2**64
-    if share < test_fraction:
-        return "test"
-    return "validation" if share < test_fraction + validation_fraction else "train"

@@ -24,7 +24,8 @@ from plora_ray.data.formats import COMPRESSIONS, EXTENSIONS, Records, csv_record
 from plora_ray.data.huggingface import HuggingFaceName, hugging_face_records, hugging_face_splits, hugging_face_units
 from plora_ray.data.locations import holds_credentials, shown_location
 from plora_ray.data.paper import PAPER, paper_records, paper_units
-from plora_ray.data.rows import BadRow, RawRows, RowProblem, class_label
+from plora_ray.data.rows import BadRow, RawRows, RowProblem, RowRules, Task, class_label
+from plora_ray.data.splits import SplitRules, SplitTimes
 from plora_ray.data.synthetic import SyntheticParams, rows_of_user
 from plora_ray.data.units import ReadUnit
 from plora_ray.errors import DataError
@@ -69,7 +70,8 @@ class ColumnMapping(BaseModel):
 class SourceSettings(BaseModel):
     """The settings under `data:`. Only rows whose columns equal all of `filter` are kept.
 
-    The fractions divide the texts when the source has no split column. `storage_options` go to the file system (fsspec).
+    The fractions divide the texts when the source has no split column; `split_times` divides the rows by their timestamps instead,
+    whatever a split column says. `storage_options` go to the file system (fsspec).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,6 +82,7 @@ class SourceSettings(BaseModel):
     on_bad_row: Literal["stop", "skip"] = "stop"
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     test_fraction: float = Field(0.1, ge=0, lt=1)
+    split_times: SplitTimes | None = None
     max_text_chars: int = Field(20_000, ge=1)
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
@@ -102,6 +105,14 @@ class SourceSettings(BaseModel):
     def shown(self) -> str:
         """The source as people may see it."""
         return shown_location(self.source)
+
+    def row_rules(self, task: Task) -> RowRules:
+        """What its rows must satisfy."""
+        return RowRules(task, self.max_text_chars, dated=self.split_times is not None)
+
+    def split_rules(self, seed: int) -> SplitRules:
+        """How its rows are divided where it doesn't say so itself."""
+        return SplitRules(seed, self.validation_fraction, self.test_fraction, self.split_times)
 
 
 def list_units(settings: SourceSettings) -> list[ReadUnit]:
@@ -278,8 +289,8 @@ def _mapped(records: Records, mapping: ColumnMapping, settings: SourceSettings, 
         return [values[index] for index in kept]
 
     user_ids, texts, labels = (column_of(name) or [] for name in (mapping.user_id, mapping.text, mapping.label))
-    splits = column_of(mapping.split)
-    if splits is None and unit.names_split:
+    splits = None if settings.split_times else column_of(mapping.split)
+    if splits is None and unit.names_split and not settings.split_times:
         splits = [unit.split] * len(kept)
     malformed = [BadRow(unit.shown, number, reason) for number, reason in records.malformed]
     numbers = [records.numbers[index] for index in kept]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plora_ray.adapters.labels import LabelSpace
-from plora_ray.data.rows import BadRow, Row, RowRules, split_by_text
+from plora_ray.data.rows import BadRow, Row
 from plora_ray.data.sources import SourceSettings, list_units, read_unit
 from plora_ray.data.units import ReadUnit
 from plora_ray.errors import DataError
@@ -67,7 +67,7 @@ def read_rows(
     collector = _Collector(store, reader, seed, examples_kept)
     bad: list[BadRow] = []
     with_split: set[bool] = set()
-    units = list_units(settings)
+    units, division = list_units(settings), settings.split_rules(seed)
     for done, unit in enumerate(units, start=1):
         for checked, has_split in _checked(unit, settings, labels):
             if isinstance(checked, BadRow):
@@ -76,8 +76,7 @@ def read_rows(
                     raise DataError(_describe(bad))
                 continue
             with_split.add(has_split)
-            split = checked.split or split_by_text(checked.text, seed, settings.validation_fraction, settings.test_fraction)
-            collector.add(checked, split)
+            collector.add(checked, division.of(checked))
         on_unit(done, len(units))
     if bad and settings.on_bad_row == "stop":
         raise DataError(_describe(bad))
@@ -88,7 +87,7 @@ def read_rows(
 
 def _checked(unit: ReadUnit, settings: SourceSettings, labels: LabelSpace) -> Iterator[tuple[Row | BadRow, bool]]:
     """Every row of a unit, and whether the unit says itself which split a row is in."""
-    rules = RowRules(labels.task, settings.max_text_chars)
+    rules = settings.row_rules(labels.task)
     for raw in read_unit(unit, settings):
         for checked in rules.check(raw):
             yield (checked if isinstance(checked, BadRow) else checked[1]), raw.splits is not None

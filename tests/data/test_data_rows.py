@@ -17,7 +17,6 @@ from plora_ray.data.rows import (
     canonical_user_id,
     class_label,
     number_label,
-    split_by_text,
 )
 
 RULES = RowRules("classification", max_text_chars=50)
@@ -94,9 +93,3 @@ def test_any_values_give_a_canonical_row_or_a_reason(
         else:
             row.text.encode("utf-8"), row.user_id.encode("utf-8")
             assert isinstance(row.label, str if rules.task == "classification" else float)
-
-
-def test_texts_are_divided_by_their_hash_in_the_asked_shares() -> None:
-    splits = [split_by_text(f"text {i}", seed=1, validation_fraction=0.1, test_fraction=0.2) for i in range(5000)]
-    assert abs(splits.count("test") / 5000 - 0.2) < 0.02 and abs(splits.count("validation") / 5000 - 0.1) < 0.02
-    assert splits != [split_by_text(f"text {i}", seed=2, validation_fraction=0.1, test_fraction=0.2) for i in range(5000)]
