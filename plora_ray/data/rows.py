@@ -47,7 +47,7 @@ class BadRow:
 class RawRows:
     """A few thousand rows as a file gave them, column by column, not yet validated.
 
-    `numbers[i]` is the place of row i in `file`. `splits` and `timestamps` are None where the source has no such column.
+    `numbers[i]` is the place of row i in `file`. `splits`, `timestamps` and `groups` are None where the source has no such column.
     `malformed` are the records between them that couldn't even be parsed.
     """
 
@@ -58,18 +58,20 @@ class RawRows:
     labels: Sequence[object]
     splits: Sequence[object] | None = None
     timestamps: Sequence[object] | None = None
+    groups: Sequence[object] | None = None
     malformed: Sequence[BadRow] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A valid row. `label` is a string for classification and a finite float for regression; `split` None = not given."""
+    """A valid row. `label` is a string for classification and a finite float for regression; `split`, `group` None = not given."""
 
     user_id: str
     text: str
     label: str | float
     split: SplitName | None
     timestamp: datetime | None
+    group: str | None = None
 
 
 class RowProblem(ValueError):
@@ -84,14 +86,17 @@ class RowRules:
     max_text_chars: int
     dated: bool = False
 
-    def row(self, user_id: object, text: object, label: object, split: object | None, timestamp: object | None) -> Row:
-        """Return the canonical row; a `split` or `timestamp` of None counts as not given. Raises RowProblem."""
+    def row(
+        self, user_id: object, text: object, label: object, split: object | None, timestamp: object | None, group: object | None = None
+    ) -> Row:
+        """Return the canonical row; a `split`, `timestamp` or `group` of None counts as not given. Raises RowProblem."""
         row = Row(
             canonical_user_id(user_id),
             self.text(text),
             class_label(label) if self.task == "classification" else number_label(label),
             None if split is None else canonical_split(split),
             None if timestamp is None else canonical_timestamp(timestamp),
+            None if group is None else (str(group).strip() or None),
         )
         if self.dated and row.timestamp is None:
             raise RowProblem("timestamp is missing, and split_times divides the rows by it")
@@ -122,7 +127,8 @@ class RowRules:
                     if split is None:
                         raise RowProblem("split is missing although the source has a split column")
                 timestamp = raw.timestamps[index] if raw.timestamps is not None else None
-                yield number, self.row(raw.user_ids[index], raw.texts[index], raw.labels[index], split, timestamp)
+                group = raw.groups[index] if raw.groups is not None else None
+                yield number, self.row(raw.user_ids[index], raw.texts[index], raw.labels[index], split, timestamp, group)
             except RowProblem as problem:
                 yield BadRow(raw.file, number, str(problem))
 

@@ -41,7 +41,10 @@ FOOTER_THREADS = 16  # listing is bound by the latency of small reads
 
 
 class ColumnMapping(BaseModel):
-    """What the source calls its columns. `timestamp` and `split` may be absent under their default names, or null: not used."""
+    """What the source calls its columns. `timestamp` and `split` may be absent under their default names, or null: not used.
+
+    group: a column of few values by which evaluations report, such as country or age; it is used for nothing else.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,12 +53,13 @@ class ColumnMapping(BaseModel):
     label: str = "label"
     timestamp: str | None = "timestamp"
     split: str | None = "split"
+    group: str | None = None
 
     def resolve(self, available: tuple[str, ...], file: str) -> ColumnMapping:
         """Return the mapping with absent optional columns set to None. Raises DataError naming the columns that exist."""
         required = {"user_id": self.user_id, "text": self.text, "label": self.label}
         # A name that differs from the default was chosen by somebody: its absence is a typing error, not an option.
-        required |= {role: name for role, name in self.optional().items() if name != role}
+        required |= {role: name for role, name in self.optional().items() if name != role or role == "group"}
         missing = [f"{name!r} (columns.{role})" for role, name in required.items() if name not in available]
         if missing:
             raise DataError(f"{file} has no column {', '.join(missing)}; it has: {', '.join(available) or 'none'}")
@@ -63,7 +67,7 @@ class ColumnMapping(BaseModel):
 
     def optional(self) -> dict[str, str]:
         """The optional roles in use and their column names."""
-        named = {"timestamp": self.timestamp, "split": self.split}
+        named = {"timestamp": self.timestamp, "split": self.split, "group": self.group}
         return {role: name for role, name in named.items() if name is not None}
 
 
@@ -172,7 +176,7 @@ def suggest_partitions(units: list[ReadUnit]) -> int:
 
 def fingerprint(settings: SourceSettings, units: list[ReadUnit]) -> str:
     """Return 32 hex digits that change with the source's files, their versions, or a setting that changes the rows."""
-    chosen = settings.model_dump(mode="json", exclude={"storage_options"})
+    chosen = settings.model_dump(mode="json", exclude={"storage_options": True, "columns": {"group"}})
     identity = json.dumps([chosen, [unit.model_dump(mode="json") for unit in units]], sort_keys=True)
     return hashlib.blake2b(identity.encode("utf-8"), digest_size=16).hexdigest()
 
@@ -294,7 +298,7 @@ def _mapped(records: Records, mapping: ColumnMapping, settings: SourceSettings, 
         splits = [unit.split] * len(kept)
     malformed = [BadRow(unit.shown, number, reason) for number, reason in records.malformed]
     numbers = [records.numbers[index] for index in kept]
-    return RawRows(unit.shown, numbers, user_ids, texts, labels, splits, column_of(mapping.timestamp), malformed)
+    return RawRows(unit.shown, numbers, user_ids, texts, labels, splits, column_of(mapping.timestamp), column_of(mapping.group), malformed)
 
 
 def _comparable(value: object) -> str | None:

@@ -6,7 +6,7 @@ Knows comparisons and HTML; doesn't know which report it draws.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval, PredictorScores
@@ -75,8 +75,24 @@ def comparison_table(comparison: Comparison) -> str:
     return f"<p>{shots}{comparison.rows:,} test rows of {comparison.users:,} users</p>\n<table><tr>{header}</tr>{body}</table>"
 
 
+def groups_table(groups: Mapping[str, Comparison]) -> str:
+    """Groups down; their users, rows, the population's and the user's figures, and the gain. For judging whether all gain alike."""
+    first = next(iter(groups.values()))
+    metrics, personal = list(first.predictors[POPULATION].intervals), first.subject == WITH_USER
+    head = ["", "users", "rows", *(f"without user, {METRICS[name]}" for name in metrics)]
+    head += [column for name in metrics if personal for column in (f"with user, {METRICS[name]}", f"gain, {METRICS[name]}")]
+    lines = []
+    for name, comparison in sorted(groups.items()):
+        cells = [escape(name), f"{comparison.users:,}", f"{comparison.rows:,}"]
+        cells += [_score(comparison.predictors[POPULATION], metric) for metric in metrics]
+        for metric in metrics if personal else ():
+            cells += [_score(comparison.predictors[WITH_USER], metric), _gain(metric, comparison.gains[POPULATION][metric])]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{''.join(lines)}</table>"
+
+
 def _score(predictor: PredictorScores, metric: str) -> str:
-    value = _number(metric, float(getattr(predictor.scores, metric)))
+    value = _number(metric, float(as_json(predictor.scores)[metric]))
     interval = predictor.intervals.get(metric)
     return f'{value} <span class="interval">{_number(metric, interval.low)}–{_number(metric, interval.high)}</span>' if interval else value
 

@@ -9,7 +9,7 @@ Measures the generation itself: adapters fitted online since it was published ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from plora_ray.store import AdapterStore
 PROTOCOLS = ("full", "few", "zero")
 BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION)
 SHOTS = (1, 2, 4, 8, 16)
+_SEEN: dict[str, tuple[str, int | None]] = {"full": (WITH_USER, None), "zero": (POPULATION, 0)}  # subject; examples of each user seen
 USERS_PER_FIT = 64  # fitted together: 64 x 16 Jacobians of a few kilobytes each
 
 
@@ -116,10 +117,9 @@ class _Run:
             whose = "in the generation" if name == "full" else f"outside generation {self.loaded.name}"
             reason = f"the data has no test rows of users {whose} (check data.source, data.filter and the splits)"
             return ProtocolResult(name, skipped=reason)
-        if name == "full":
-            return ProtocolResult(name, (self._full(chosen),))
-        if name == "zero":
-            return ProtocolResult(name, (self._zero(chosen),))
+        if name in ("full", "zero"):
+            predicted, seen = self._full(chosen) if name == "full" else self._zero(chosen), _SEEN[name]
+            return ProtocolResult(name, (self._compare(predicted, chosen, *seen),), groups=self._groups(predicted, chosen, *seen))
         points = tuple(point for shots in SHOTS if (point := self._few(chosen, shots)))
         if not points:
             return ProtocolResult(name, skipped="the users outside the generation who have test rows have no training rows")
@@ -149,16 +149,24 @@ class _Run:
             results=tuple(results),
         )
 
-    def _full(self, chosen: Ints) -> Comparison:
+    def _full(self, chosen: Ints) -> dict[str, Floats]:
         users, places = np.unique(self.rows.row_users[chosen], return_inverse=True)
         keys = [self.rows.keys[user] for user in users]
         adapters = self.loaded.reader.get_many(keys)
         vectors = np.stack([adapters[key].record for key in keys])
-        personal = self.scorer.personal("rows with user", self.rows.row_texts[chosen], vectors[places])
-        return self._compare(WITH_USER, personal, chosen)
+        return self._predicted(self.scorer.personal("rows with user", self.rows.row_texts[chosen], vectors[places]), chosen, None)
 
-    def _zero(self, chosen: Ints) -> Comparison:
-        return self._compare(POPULATION, None, chosen, examples=0)
+    def _zero(self, chosen: Ints) -> dict[str, Floats]:
+        return self._predicted(None, chosen, 0)
+
+    def _groups(self, predicted: Mapping[str, Floats], chosen: Ints, subject: str, examples: int | None) -> dict[str, Comparison]:
+        """The same comparison on the rows of each group that has any."""
+        found = {}
+        for place, name in enumerate(self.rows.groups):
+            mine = self.rows.row_groups[chosen] == place
+            if mine.any():
+                found[name] = self._compare({who: values[mine] for who, values in predicted.items()}, chosen[mine], subject, examples)
+        return found
 
     def _few(self, chosen: Ints, shots: int) -> Comparison | None:
         """Everybody among the rows' users who has at least `shots` examples; None if nobody has."""
@@ -170,7 +178,7 @@ class _Run:
         chosen = chosen[np.isin(self.rows.row_users[chosen], ready)]
         places = np.searchsorted(ready, self.rows.row_users[chosen])
         personal = self.scorer.personal(f"rows after {_examples(shots)}", self.rows.row_texts[chosen], vectors[places])
-        return self._compare(WITH_USER, personal, chosen, examples=shots)
+        return self._compare(self._predicted(personal, chosen, shots), chosen, WITH_USER, shots)
 
     def _fit(self, users: Sequence[int], shots: int) -> NDArray[np.float32]:
         """Vectors [users, d] fitted on the first `shots` examples of each."""
@@ -184,12 +192,16 @@ class _Run:
             self.stages.advance(len(group))
         return np.stack(vectors)
 
-    def _compare(self, subject: str, personal: NDArray[np.float32] | None, chosen: Ints, examples: int | None = None) -> Comparison:
-        rows, labels = self.rows, self.loaded.labels
+    def _predicted(self, personal: NDArray[np.float32] | None, chosen: Ints, examples: int | None) -> dict[str, Floats]:
+        """What every predictor says of the rows. personal: logits [rows, outputs] with the user, if there are any."""
+        labels = self.loaded.labels
         predicted = {} if personal is None else {WITH_USER: predictions(personal, labels)}
-        predicted[POPULATION] = predictions(self.scorer.population(rows.row_texts[chosen]), labels)
-        predicted |= self._baselines(rows.row_users[chosen], examples)
-        truth, owners = rows.labels[chosen], rows.row_users[chosen]
+        predicted[POPULATION] = predictions(self.scorer.population(self.rows.row_texts[chosen]), labels)
+        return predicted | self._baselines(self.rows.row_users[chosen], examples)
+
+    def _compare(self, predicted: Mapping[str, Floats], chosen: Ints, subject: str, examples: int | None) -> Comparison:
+        labels = self.loaded.labels
+        truth, owners = self.rows.labels[chosen], self.rows.row_users[chosen]
         return compare(subject, predicted, truth, owners, labels.task, values=labels.values, examples=examples)
 
     def _baselines(self, row_users: Ints, examples: int | None) -> dict[str, Floats]:

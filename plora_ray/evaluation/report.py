@@ -6,8 +6,8 @@ report.html stands alone (style and pictures inside), so it can be mailed or kep
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.comparison import Comparison
-from plora_ray.evaluation.page import INTERVALS, comparison_table, page, picture, table
+from plora_ray.evaluation.page import INTERVALS, comparison_table, groups_table, page, picture, table
 from plora_ray.evaluation.plots import few_shot_curves, gain_histograms
 from plora_ray.evaluation.verdict import verdict
 
@@ -29,19 +29,24 @@ TITLES = {
 
 @dataclass(frozen=True)
 class ProtocolResult:
-    """One protocol: a comparison, or for few-shot one for each number of examples; or why there is none. note: what is missing."""
+    """One protocol: a comparison, or for few-shot one for each number of examples; or why there is none. note: what is missing.
+
+    groups: the comparison on the rows of each group, where the data has a column of groups.
+    """
 
     name: str
     comparisons: tuple[Comparison, ...] = ()
     skipped: str | None = None
     note: str | None = None
+    groups: Mapping[str, Comparison] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         if self.skipped:
             return {"status": "skipped", "reason": self.skipped}
         found = [comparison.to_json() for comparison in self.comparisons]
         note = {"note": self.note} if self.note else {}
-        return {"status": "evaluated", **note, **({"points": found} if self.name == "few" else found[0])}
+        groups = {"groups": {name: comparison.to_json() for name, comparison in self.groups.items()}} if self.groups else {}
+        return {"status": "evaluated", **note, **({"points": found} if self.name == "few" else found[0]), **groups}
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ def _section(result: ProtocolResult, pictures: dict[str, str]) -> str:
         return f"{head}\n<p>Skipped: {escape(result.skipped)}.</p>"
     picture = pictures.get({"full": GAIN_PLOT, "few": FEW_PLOT}.get(result.name, ""), "")
     note = f"<p>{escape(result.note)}.</p>" if result.note else ""
-    return "\n".join([head, picture, note, *(comparison_table(comparison) for comparison in result.comparisons)])
+    groups = ["<h3>By group</h3>", groups_table(result.groups)] if result.groups else []
+    return "\n".join([head, picture, note, *(comparison_table(comparison) for comparison in result.comparisons), *groups])
 
 
 def _plain(value: object) -> str:

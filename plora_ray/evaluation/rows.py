@@ -24,6 +24,7 @@ from plora_ray.evaluation.baselines import LabelHistory
 from plora_ray.store import AdapterStore, GenerationReader
 
 BAD_ROWS_SHOWN = 20
+MOST_GROUPS = 100  # more are names of users or texts, which a report mustn't hold
 
 OnUnit = Callable[[int, int], None]  # units read, units in all
 
@@ -34,7 +35,8 @@ class EvaluationRows:
 
     texts: different texts of test rows. labels: [rows] class indices, or values of a regression. keys, known: by user, his
     key and whether the generation trained an adapter for him. history: the labels of all training rows. examples: by user
-    outside the generation, up to `examples_kept` training rows (text, label) in an order drawn by the seed.
+    outside the generation, up to `examples_kept` training rows (text, label) in an order drawn by the seed. groups: names of the
+    groups that test rows belong to; row_groups: [rows] index into them, -1 for none.
     """
 
     texts: list[str]
@@ -48,6 +50,8 @@ class EvaluationRows:
     train_rows: int
     erased_users: int
     bad_rows: int
+    groups: list[str]
+    row_groups: NDArray[np.int64]
 
 
 def read_rows(
@@ -113,6 +117,8 @@ class _Collector:
     _known: list[bool] = field(default_factory=list)
     _texts: dict[str, int] = field(default_factory=dict)
     _tests: list[tuple[int, int, str | float]] = field(default_factory=list)
+    _groups: dict[str, int] = field(default_factory=dict)
+    _test_groups: list[int] = field(default_factory=list)
     _history: Counter[tuple[int, str | float]] = field(default_factory=Counter)
     _examples: dict[int, list[tuple[int, int, str, str | float]]] = field(default_factory=dict)
 
@@ -123,6 +129,9 @@ class _Collector:
             return
         if split == "test":
             self._tests.append((self._texts.setdefault(row.text, len(self._texts)), user, row.label))
+            self._test_groups.append(-1 if row.group is None else self._groups.setdefault(row.group, len(self._groups)))
+            if len(self._groups) > MOST_GROUPS:
+                raise DataError(f"columns.group has more than {MOST_GROUPS} different values: name a column of few, or none")
         elif split == "train":
             self.train_rows += 1
             self._history[user, row.label] += 1
@@ -142,6 +151,8 @@ class _Collector:
             train_rows=self.train_rows,
             erased_users=sum(user is None for user in self._users.values()),
             bad_rows=bad_rows,
+            groups=list(self._groups),
+            row_groups=np.array(self._test_groups, np.int64),
         )
 
     def _user(self, user_id: str) -> int | None:

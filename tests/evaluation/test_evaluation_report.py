@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from plora_ray.errors import DataError
 from plora_ray.evaluation.comparison import POPULATION, WITH_USER, Comparison, compare
+from plora_ray.evaluation.metrics import log_softmax
+from plora_ray.evaluation.page import comparison_table
 from plora_ray.evaluation.protocols import BASELINES, evaluate_store
 from plora_ray.evaluation.verdict import verdict
 
@@ -82,3 +85,34 @@ def test_the_verdict_says_so_when_the_users_are_worse_off() -> None:
 
 def test_the_verdict_concludes_nothing_from_a_handful_of_users() -> None:
     assert "too few to conclude" in verdict(comparison(0.9, 0.5, users=4), (), None)
+
+
+def test_the_verdict_tells_who_gains_and_who_loses() -> None:
+    said = verdict(comparison(0.5, 0.9), (), None)
+    assert re.search(r"Of the 50 users with test rows enough to tell, 0 % gain beyond noise and (\d+) % lose", said)
+    assert "beyond noise" not in verdict(comparison(0.5, 0.9, users=4), (), None)
+
+
+def test_stars_have_their_own_columns() -> None:
+    generator = np.random.default_rng(1)
+    labels, users = generator.integers(0, 5, 200), np.repeat(np.arange(20), 10)
+    predicted = {name: log_softmax(generator.normal(size=(200, 5))) for name in (WITH_USER, POPULATION)}
+    page = comparison_table(compare(WITH_USER, predicted, labels, users, "classification", values=np.arange(1.0, 6.0)))
+    assert all(f"<th>{column}</th>" in page for column in ("Brier", "ECE", "RMSE", "kappa"))
+
+
+def test_groups_divide_the_rows_and_each_is_compared_alone(world: World, tmp_path: Path) -> None:
+    columns = world.settings.data.columns.model_copy(update={"group": "cohort"})
+    report = evaluate_store(world.with_data(columns=columns), "all", list(BASELINES), tmp_path)
+    full, zero = report["protocols"]["full"], report["protocols"]["zero"]
+    assert set(full["groups"]) == {"a"} and set(zero["groups"]) == {"b"}  # each cohort is asked about in one protocol
+    assert full["groups"]["a"]["gain_over"] == full["gain_over"] and full["groups"]["a"]["rows"] == full["rows"]
+    assert "By group" in (tmp_path / "report.html").read_text()
+
+
+def test_a_column_of_names_is_no_group(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plora_ray.evaluation.rows.MOST_GROUPS", 10)
+    columns = world.settings.data.columns.model_copy(update={"group": "text"})
+    with pytest.raises(DataError, match="columns.group has more than 10 different values"):
+        evaluate_store(world.with_data(columns=columns), "full", [], tmp_path)
+    assert not list(tmp_path.iterdir())
