@@ -107,6 +107,19 @@ def evaluate(
     typer.echo(str(out / "report.json"))
 
 
+@app.command()
+@reports_errors
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `plora evaluate --out` wrote.")],
+    out: Annotated[Path, typer.Option(help="Directory for comparison.json and comparison.html.")] = Path("var/comparison"),
+) -> None:
+    """Put several evaluations side by side."""
+    from plora_ray.evaluation.runs import compare_runs
+
+    compare_runs(runs, out)
+    typer.echo(str(out / "comparison.html"))
+
+
 def _store(settings: Settings) -> Any:
     from plora_ray.store import AdapterStore
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from plora_ray.errors import DataError
+from plora_ray.errors import ConfigError, DataError
 from plora_ray.evaluation.comparison import POPULATION, WITH_USER, Comparison, compare
 from plora_ray.evaluation.metrics import log_softmax
 from plora_ray.evaluation.page import comparison_table
 from plora_ray.evaluation.protocols import BASELINES, evaluate_store
+from plora_ray.evaluation.runs import compare_runs
 from plora_ray.evaluation.verdict import verdict
 
 if TYPE_CHECKING:
@@ -116,3 +117,29 @@ def test_a_column_of_names_is_no_group(world: World, tmp_path: Path, monkeypatch
     with pytest.raises(DataError, match="columns.group has more than 10 different values"):
         evaluate_store(world.with_data(columns=columns), "full", [], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_stand_side_by_side_with_their_own_figures(world: World, folder: Path, tmp_path: Path) -> None:
+    evaluate_store(world.with_data(test_fraction=0.1), "full", [], tmp_path / "other")
+    lines = compare_runs([folder, tmp_path / "other"], tmp_path / "out")
+    report = json.loads((folder / "report.json").read_text())["protocols"]
+    assert [(line.run, line.protocol, line.examples) for line in lines if line.protocol != "few"] == [
+        ("deeper", "full", None), ("other", "full", None), ("deeper", "zero", 0),
+    ]  # fmt: skip
+    full, few = report["full"], [line for line in lines if line.protocol == "few"]
+    without, personal = full["predictors"]["population"]["nll"], full["predictors"]["with_user"]["nll"]
+    mine = next(line for line in lines if line.protocol == "full" and line.run == "deeper")
+    assert mine.metrics["nll"][:3] == (without, personal, full["gain_over"]["population"]["nll"]["mean"])
+    assert [line.examples for line in few] == [point["examples"] for point in report["few"]["points"]]
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "deeper" in page and "has the lowest NLL" in page and "http" not in page
+    assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())) == len(lines)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[1]", "not json"])
+def test_a_folder_without_a_report_is_named(folder: Path, tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ConfigError, match="report.json can't be read"):
+        compare_runs([folder, tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
