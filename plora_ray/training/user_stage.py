@@ -13,6 +13,7 @@ import torch
 
 from plora_ray.adapters.model import Task
 from plora_ray.training.fitters import WaveFitter
+from plora_ray.training.heap import give_back_freed_memory
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.run_state import RunState, WaveOutcome
@@ -52,6 +53,7 @@ class UserStage:
         left: list[Wave | None] = [wave for wave in waves if wave.index not in finished]
         for wave in in_step(left):
             self._fit(wave)
+            give_back_freed_memory()
 
     def _fit(self, wave: Wave | None) -> None:
         erased = self.erased_keys()

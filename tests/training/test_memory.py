@@ -6,10 +6,13 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 
 from plora_ray.adapters.model import PersonalizedModel
 from plora_ray.config import parse_settings
+from plora_ray.training.heap import give_back_freed_memory
 from plora_ray.training.memory import ModelSize, wave_bytes
 
 USERS, ROWS, DIM, OUTPUTS = 400, 4000, 64, 3
@@ -52,3 +55,13 @@ def test_a_model_is_counted_without_its_weights(tiny_tree: dict[str, Any]) -> No
         size = ModelSize.of(settings, 3)
         assert size.parameter_bytes == sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         assert size.user_width == model.user_width
+
+
+def test_freed_memory_goes_back_to_the_system_though_blocks_behind_it_are_in_use() -> None:
+    process = psutil.Process()
+    blocks = [np.ones(100_000, np.uint8) for _ in range(3000)]  # too small to be mapped one by one
+    last = blocks.pop()
+    full = process.memory_info().rss
+    blocks.clear()
+    give_back_freed_memory()
+    assert full - process.memory_info().rss > 200 * 2**20 and last.all()
