@@ -25,6 +25,8 @@ app.add_typer(generations_app, name="generations")
 app.add_typer(store_app, name="store")
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of settings.")]
+KeyEnvOption = Annotated[str | None, typer.Option(help="The same, in an environment variable.")]
+KmsOption = Annotated[str | None, typer.Option(help="The same, as a key of AWS KMS.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, laid over the file; may be repeated.")]
 
 
@@ -107,10 +109,20 @@ def evaluate(
     typer.echo(str(out / "report.json"))
 
 
-def _store(settings: Settings) -> Any:
-    from plora_ray.store import AdapterStore
+def _store(settings: Settings, *, locked: bool = False) -> Any:
+    from plora_ray.opening import open_store
 
-    return AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=False)
+    return open_store(settings.store, locked=locked)
+
+
+def _other_root_key(settings: Settings, key_file: Path | None, key_env: str | None, kms_key_id: str | None) -> Any:
+    """Where the root key that the options name comes from; None if they name none. Raises ConfigError."""
+    from plora_ray.config.loading import parse_settings
+
+    given = {"key_file": key_file, "key_env": key_env, "kms_key_id": kms_key_id}
+    if not any(given.values()):
+        return None
+    return parse_settings({"store": {"encryption": given, "region": settings.store.region}}).store.root_key()
 
 
 @contextmanager
@@ -233,6 +245,9 @@ def generations_copy(
     config: ConfigOption,
     to: Annotated[str, typer.Option(help="The other store: a path, file:// or s3://bucket/prefix; made if it is missing.")],
     endpoint_url: Annotated[str | None, typer.Option(help="Of the other store, if it is s3:// somewhere else.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="Root key of the other store, which is then encrypted; else this one's, if any.")] = None,
+    key_env: KeyEnvOption = None,
+    kms_key_id: KmsOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Copy a generation, its fresh adapters and all erasures into another store. It doesn't serve there before it is activated."""
@@ -240,7 +255,8 @@ def generations_copy(
     from plora_ray.store.transfer import copy_generation, open_target
 
     source, other = _store(settings), settings.store.model_copy(update={"uri": to, "endpoint_url": endpoint_url})
-    target = open_target(source, to, other.storage_options())
+    root_key = _other_root_key(settings, key_file, key_env, kms_key_id) or settings.store.root_key()
+    target = open_target(source, to, other.storage_options(), root_key)
     with _bar("copying objects") as show:
         copied = copy_generation(source, generation, target, show)
     typer.echo(f"{copied.generation} with {copied.users:,} users is in {target.uri}")
@@ -271,8 +287,11 @@ def generations_gc(
 @store_app.command("fsck")
 @reports_errors
 def store_fsck(config: ConfigOption, overrides: SetOption = None) -> None:
-    """Check every digest, count and name of the store. Changes nothing; exit code 1 if something is wrong."""
-    store = _store(_settings(config, overrides))
+    """Check every digest, count and name of the store. Changes nothing; exit code 1 if something is wrong.
+
+    Without store.encryption the records of an encrypted store are checked as they are stored; with it, each is decrypted, too.
+    """
+    store = _store(_settings(config, overrides), locked=True)
     from plora_ray.store.fsck import check
 
     with _bar("checking objects") as show:
@@ -282,6 +301,35 @@ def store_fsck(config: ConfigOption, overrides: SetOption = None) -> None:
         typer.echo(f"{problem.path}: {problem.what}", err=True)
     if found.problems:
         raise typer.Exit(1)
+
+
+@store_app.command("rotate-key")
+@reports_errors
+def store_rotate_key(
+    config: ConfigOption,
+    key_file: Annotated[Path | None, typer.Option(help="File with the new root key.")] = None,
+    key_env: KeyEnvOption = None,
+    kms_key_id: KmsOption = None,
+    rewrap: Annotated[bool, typer.Option("--rewrap", help="Also wrap all users' data keys anew; without a new root key, only that.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Give an encrypted store another root key. No adapter is rewritten; name the new key in store.encryption afterwards."""
+    from plora_ray.errors import ConfigError
+    from plora_ray.store.encryption.ring import rotate_root
+    from plora_ray.store.encryption.user_keys import UserKeys
+
+    settings = _settings(config, overrides)
+    old, new = settings.store.root_key(), _other_root_key(settings, key_file, key_env, kms_key_id)
+    if old is None or (new is None and not rewrap):
+        raise ConfigError("set store.encryption to the root key of now, and give the new one: --key-file, --key-env or --kms-key-id")
+    store = _store(settings)
+    if new is not None:
+        version = rotate_root(store.objects, store.store_id, old, new)
+        typer.echo(f"the old root key opens nothing any more; new data keys are wrapped by version {version} of the ring")
+    if rewrap:
+        with _bar("wrapping data keys") as show:
+            UserKeys(store.objects, store.store_id, new or old).rewrap(show)
+        typer.echo("all data keys are wrapped by the newest version of the ring")
 
 
 if __name__ == "__main__":
