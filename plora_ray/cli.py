@@ -115,16 +115,6 @@ def _store(settings: Settings, *, locked: bool = False) -> Any:
     return open_store(settings.store, locked=locked)
 
 
-def _other_root_key(settings: Settings, key_file: Path | None, key_env: str | None, kms_key_id: str | None) -> Any:
-    """Where the root key that the options name comes from; None if they name none. Raises ConfigError."""
-    from plora_ray.config.loading import parse_settings
-
-    given = {"key_file": key_file, "key_env": key_env, "kms_key_id": kms_key_id}
-    if not any(given.values()):
-        return None
-    return parse_settings({"store": {"encryption": given, "region": settings.store.region}}).store.root_key()
-
-
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error; gives what tells it how many of how many are done."""
@@ -245,17 +235,18 @@ def generations_copy(
     config: ConfigOption,
     to: Annotated[str, typer.Option(help="The other store: a path, file:// or s3://bucket/prefix; made if it is missing.")],
     endpoint_url: Annotated[str | None, typer.Option(help="Of the other store, if it is s3:// somewhere else.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="Root key of the other store, which is then encrypted; else this one's, if any.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="Root key of the other store; else this one's, if any.")] = None,
     key_env: KeyEnvOption = None,
     kms_key_id: KmsOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Copy a generation, its fresh adapters and all erasures into another store. It doesn't serve there before it is activated."""
     settings = _settings(config, overrides)
+    from plora_ray.opening import other_root_key
     from plora_ray.store.transfer import copy_generation, open_target
 
     source, other = _store(settings), settings.store.model_copy(update={"uri": to, "endpoint_url": endpoint_url})
-    root_key = _other_root_key(settings, key_file, key_env, kms_key_id) or settings.store.root_key()
+    root_key = other_root_key(settings.store, key_file, key_env, kms_key_id) or settings.store.root_key()
     target = open_target(source, to, other.storage_options(), root_key)
     with _bar("copying objects") as show:
         copied = copy_generation(source, generation, target, show)
@@ -310,26 +301,16 @@ def store_rotate_key(
     key_file: Annotated[Path | None, typer.Option(help="File with the new root key.")] = None,
     key_env: KeyEnvOption = None,
     kms_key_id: KmsOption = None,
-    rewrap: Annotated[bool, typer.Option("--rewrap", help="Also wrap all users' data keys anew; without a new root key, only that.")] = False,
+    rewrap: Annotated[bool, typer.Option("--rewrap", help="Wrap all users' data keys anew, too; or only that.")] = False,
     overrides: SetOption = None,
 ) -> None:
     """Give an encrypted store another root key. No adapter is rewritten; name the new key in store.encryption afterwards."""
-    from plora_ray.errors import ConfigError
-    from plora_ray.store.encryption.ring import rotate_root
-    from plora_ray.store.encryption.user_keys import UserKeys
-
     settings = _settings(config, overrides)
-    old, new = settings.store.root_key(), _other_root_key(settings, key_file, key_env, kms_key_id)
-    if old is None or (new is None and not rewrap):
-        raise ConfigError("set store.encryption to the root key of now, and give the new one: --key-file, --key-env or --kms-key-id")
-    store = _store(settings)
-    if new is not None:
-        version = rotate_root(store.objects, store.store_id, old, new)
-        typer.echo(f"the old root key opens nothing any more; new data keys are wrapped by version {version} of the ring")
-    if rewrap:
-        with _bar("wrapping data keys") as show:
-            UserKeys(store.objects, store.store_id, new or old).rewrap(show)
-        typer.echo("all data keys are wrapped by the newest version of the ring")
+    from plora_ray.opening import other_root_key, rotate_root_key
+
+    with _bar("wrapping data keys") as show:
+        newest = rotate_root_key(settings.store, other_root_key(settings.store, key_file, key_env, kms_key_id), rewrap, show)
+    typer.echo(f"new data keys are wrapped by version {newest} of the ring")
 
 
 if __name__ == "__main__":

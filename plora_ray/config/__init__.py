@@ -12,5 +12,6 @@ from plora_ray.config.tree import ADAM_LEARNING_RATES, Settings
 
 __all__ = [
     "ADAM_LEARNING_RATES", "AdamSettings", "AdapterSettings", "AuthSettings", "EncryptionSettings", "LimitSettings", "MlflowSettings",
-    "ModelSettings", "ServerSideSettings", "ServingSettings", "Settings", "StoreSettings", "TrainingSettings", "load_settings", "parse_settings",
+    "ModelSettings", "ServerSideSettings", "ServingSettings", "Settings", "StoreSettings", "TrainingSettings", "load_settings",
+    "parse_settings",
 ]  # fmt: skip

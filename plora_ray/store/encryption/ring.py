@@ -77,8 +77,8 @@ def make_ring(objects: ObjectStore, store_id: str, source: RootKeySource) -> Non
         return  # somebody else made it a moment ago; theirs holds
 
 
-def rotate_root(objects: ObjectStore, store_id: str, old: RootKeySource, new: RootKeySource) -> int:
-    """Wrap the ring by another root key and add a wrapping key for new data keys; returns its version. No adapter is touched.
+def rotate_root(objects: ObjectStore, store_id: str, old: RootKeySource, new: RootKeySource) -> None:
+    """Wrap the ring by another root key and add a wrapping key for new data keys. No adapter is touched.
 
     Raises StoreError, with nothing changed, if `old` isn't the ring's root key.
     """
@@ -92,9 +92,7 @@ def rotate_root(objects: ObjectStore, store_id: str, old: RootKeySource, new: Ro
         keys[max(keys) + 1] = key
         return dump_json(KeyRing(keys=[_wrap(number, keys[number], store_id, new_root, created.get(number, now)) for number in keys]))
 
-    standing = objects.update(names.KEY_RING, rewrapped)
-    assert standing is not None
-    return max(item.version for item in _parse(objects, standing).keys)
+    objects.update(names.KEY_RING, rewrapped)
 
 
 def _parse(objects: ObjectStore, data: bytes) -> KeyRing:

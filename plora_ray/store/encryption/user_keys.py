@@ -45,6 +45,11 @@ class UserKeys:
         """Whether there is no root key."""
         return self._source is None
 
+    @property
+    def newest(self) -> int:
+        """The version of the ring's key that wraps new data keys."""
+        return self._opened(None).newest
+
     def open(self, *, create: bool) -> None:
         """Unwrap the ring, made if it is missing and `create`. Raises StoreError if the root key is missing or another one."""
         if self._source is not None and create:
