@@ -18,6 +18,7 @@ from deployments.prediction import PredictionService
 from deployments.routes import create_api
 from plora_ray.config import Settings, load_settings, parse_settings
 from plora_ray.errors import ConfigError
+from plora_ray.opening import UNENCRYPTED
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     settings = _settings(args)
     if not Authenticator(settings.serving.auth).enabled:  # made here too, so that a wrong key is one line and no replica that never starts
         log.warning("AUTHENTICATION IS OFF: whoever reaches this port may read, adapt and erase every user. Set serving.auth.algorithm.")
+    if settings.store.encryption is None:
+        log.warning(UNENCRYPTED)
     serving = settings.serving
     resources = {"num_cpus": serving.replica_cpus, "num_gpus": serving.replica_gpus}
     personalizer = Personalizer.options(ray_actor_options=resources).bind(settings.model_dump(mode="json"))  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from plora_ray.adapters.pretrained import DTYPES
 from plora_ray.config import Settings
 from plora_ray.errors import PloraError, StoreError
 from plora_ray.inference import LoadedGeneration, load_generation
+from plora_ray.opening import open_store
 from plora_ray.store import AdapterStore
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,7 @@ class CurrentGeneration(Generic[Built]):
     def store(self) -> AdapterStore:
         """The store. Raises StoreError while it can't be opened."""
         if self._store is None:
-            settings = self._settings.store
-            self._store = AdapterStore.open(settings.uri, settings.storage_options(), create=False)
+            self._store = open_store(self._settings.store)
         return self._store
 
     @property

@@ -24,7 +24,7 @@ from rich.table import Table
 from plora_ray.client import Client
 from plora_ray.config import Settings, load_settings
 from plora_ray.data.synthetic import SyntheticParams, new_user, rows_of_user, true_probability
-from plora_ray.store import AdapterStore
+from plora_ray.opening import open_store
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
 SHOWN_CONFIG = "deployments/quickstart.yaml"
@@ -68,7 +68,7 @@ def _train() -> dict[str, Any]:
 
 
 def _tell_training(settings: Settings, published: dict[str, Any]) -> None:
-    store = AdapterStore.open(settings.store.uri, settings.store.storage_options())
+    store = open_store(settings.store)
     report = json.loads(store.objects.read(f"generations/{published['generation']}/report.json"))
     test, ceilings = report["test"], report["ceilings"]
     console.print(
@@ -171,7 +171,7 @@ def _tell_new_users(client: Client, params: SyntheticParams) -> None:
 
 
 def _tell_rest(settings: Settings, published: dict[str, Any]) -> None:
-    store = AdapterStore.open(settings.store.uri, settings.store.storage_options())
+    store = open_store(settings.store)
     reader = store.open_generation(published["generation"])
     record = reader.manifest.width * 4
     console.rule("What is where")

@@ -25,6 +25,8 @@ app.add_typer(generations_app, name="generations")
 app.add_typer(store_app, name="store")
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of settings.")]
+KeyEnvOption = Annotated[str | None, typer.Option(help="The same, in an environment variable.")]
+KmsOption = Annotated[str | None, typer.Option(help="The same, as a key of AWS KMS.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, laid over the file; may be repeated.")]
 
 
@@ -120,10 +122,10 @@ def compare(
     typer.echo(str(out / "comparison.html"))
 
 
-def _store(settings: Settings) -> Any:
-    from plora_ray.store import AdapterStore
+def _store(settings: Settings, *, locked: bool = False) -> Any:
+    from plora_ray.opening import open_store
 
-    return AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=False)
+    return open_store(settings.store, locked=locked)
 
 
 @contextmanager
@@ -246,14 +248,19 @@ def generations_copy(
     config: ConfigOption,
     to: Annotated[str, typer.Option(help="The other store: a path, file:// or s3://bucket/prefix; made if it is missing.")],
     endpoint_url: Annotated[str | None, typer.Option(help="Of the other store, if it is s3:// somewhere else.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="Root key of the other store; else this one's, if any.")] = None,
+    key_env: KeyEnvOption = None,
+    kms_key_id: KmsOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Copy a generation, its fresh adapters and all erasures into another store. It doesn't serve there before it is activated."""
     settings = _settings(config, overrides)
+    from plora_ray.opening import other_root_key
     from plora_ray.store.transfer import copy_generation, open_target
 
     source, other = _store(settings), settings.store.model_copy(update={"uri": to, "endpoint_url": endpoint_url})
-    target = open_target(source, to, other.storage_options())
+    root_key = other_root_key(settings.store, key_file, key_env, kms_key_id) or settings.store.root_key()
+    target = open_target(source, to, other.storage_options(), root_key)
     with _bar("copying objects") as show:
         copied = copy_generation(source, generation, target, show)
     typer.echo(f"{copied.generation} with {copied.users:,} users is in {target.uri}")
@@ -284,8 +291,11 @@ def generations_gc(
 @store_app.command("fsck")
 @reports_errors
 def store_fsck(config: ConfigOption, overrides: SetOption = None) -> None:
-    """Check every digest, count and name of the store. Changes nothing; exit code 1 if something is wrong."""
-    store = _store(_settings(config, overrides))
+    """Check every digest, count and name of the store. Changes nothing; exit code 1 if something is wrong.
+
+    Without store.encryption the records of an encrypted store are checked as they are stored; with it, each is decrypted, too.
+    """
+    store = _store(_settings(config, overrides), locked=True)
     from plora_ray.store.fsck import check
 
     with _bar("checking objects") as show:
@@ -295,6 +305,25 @@ def store_fsck(config: ConfigOption, overrides: SetOption = None) -> None:
         typer.echo(f"{problem.path}: {problem.what}", err=True)
     if found.problems:
         raise typer.Exit(1)
+
+
+@store_app.command("rotate-key")
+@reports_errors
+def store_rotate_key(
+    config: ConfigOption,
+    key_file: Annotated[Path | None, typer.Option(help="File with the new root key.")] = None,
+    key_env: KeyEnvOption = None,
+    kms_key_id: KmsOption = None,
+    rewrap: Annotated[bool, typer.Option("--rewrap", help="Wrap all users' data keys anew, too; or only that.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Give an encrypted store another root key. No adapter is rewritten; name the new key in store.encryption afterwards."""
+    settings = _settings(config, overrides)
+    from plora_ray.opening import other_root_key, rotate_root_key
+
+    with _bar("wrapping data keys") as show:
+        newest = rotate_root_key(settings.store, other_root_key(settings.store, key_file, key_env, kms_key_id), rewrap, show)
+    typer.echo(f"new data keys are wrapped by version {newest} of the ring")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Secrets don't belong here: S3 credentials, the store's key and token keys come from the environment or from files.
 """
 
+from plora_ray.config.encryption import EncryptionSettings, ServerSideSettings
 from plora_ray.config.loading import load_settings, parse_settings
 from plora_ray.config.model import AdapterSettings, ModelSettings, StoreSettings
 from plora_ray.config.serving import AuthSettings, LimitSettings, ServingSettings
@@ -10,6 +11,7 @@ from plora_ray.config.training import AdamSettings, MlflowSettings, TrainingSett
 from plora_ray.config.tree import ADAM_LEARNING_RATES, Settings
 
 __all__ = [
-    "ADAM_LEARNING_RATES", "AdamSettings", "AdapterSettings", "AuthSettings", "LimitSettings", "MlflowSettings", "ModelSettings",
-    "ServingSettings", "Settings", "StoreSettings", "TrainingSettings", "load_settings", "parse_settings",
+    "ADAM_LEARNING_RATES", "AdamSettings", "AdapterSettings", "AuthSettings", "EncryptionSettings", "LimitSettings", "MlflowSettings",
+    "ModelSettings", "ServerSideSettings", "ServingSettings", "Settings", "StoreSettings", "TrainingSettings", "load_settings",
+    "parse_settings",
 ]  # fmt: skip

@@ -7,8 +7,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from plora_ray.adapters.inject import Kind
+from plora_ray.config.encryption import EncryptionSettings, ServerSideSettings
 from plora_ray.config.section import Section
 from plora_ray.data.locations import holds_credentials
+from plora_ray.store.encryption.root_key import RootKeySource
 
 
 class ModelSettings(Section):
@@ -37,11 +39,16 @@ class AdapterSettings(Section):
 
 
 class StoreSettings(Section):
-    """Where adapters live: a path, file:///path, s3://bucket/prefix, or memory://name for tests. endpoint_url and region: S3 only."""
+    """Where adapters live: a path, file:///path, s3://bucket/prefix, or memory://name for tests. endpoint_url and region: S3 only.
+
+    encryption: of all that is one user's, under keys of the users' own; None: off. sse: what S3 encrypts objects with, beside that.
+    """
 
     uri: str = "var/store"
     endpoint_url: str | None = None
     region: str | None = None
+    encryption: EncryptionSettings | None = None
+    sse: ServerSideSettings | None = None
 
     @model_validator(mode="after")
     def _no_password(self) -> StoreSettings:
@@ -49,10 +56,22 @@ class StoreSettings(Section):
             raise ValueError("endpoint_url holds a user name or password: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
         return self
 
+    @model_validator(mode="after")
+    def _sse_needs_s3(self) -> StoreSettings:
+        if self.sse is not None and not self.uri.startswith("s3://"):
+            raise ValueError(f"sse is S3's own encryption, and uri is {self.uri}: remove sse or choose an s3:// store")
+        return self
+
+    def root_key(self) -> RootKeySource | None:
+        """Where the root key of an encrypted store comes from; None: encryption is off."""
+        return None if self.encryption is None else self.encryption.root_key(self.region)
+
     def storage_options(self) -> dict[str, Any]:
         """What fsspec's file system is opened with; S3 credentials come from the environment."""
         if not self.uri.startswith("s3://"):
             return {}
         client = {"region_name": self.region} if self.region else {}
         options: dict[str, Any] = {"client_kwargs": client} if client else {}
+        if self.sse is not None:
+            options["s3_additional_kwargs"] = self.sse.put_arguments()
         return {**options, "endpoint_url": self.endpoint_url} if self.endpoint_url else options

@@ -27,7 +27,7 @@ from plora_ray.evaluation.report import Evaluation, ProtocolResult, write_report
 from plora_ray.evaluation.rows import EvaluationRows, encode_labels, read_rows
 from plora_ray.evaluation.scoring import TextScorer, predictions
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, LoadedGeneration, load_generation
-from plora_ray.store import AdapterStore
+from plora_ray.opening import open_store
 
 PROTOCOLS = ("full", "few", "zero")
 BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION)
@@ -46,7 +46,7 @@ def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out:
     protocols = _chosen_protocols(protocol)
     _check_baselines(baselines)
     _check_folder(out)
-    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=False)
+    store = open_store(settings.store)
     loaded = load_generation(store)
     if settings.task != loaded.labels.task:
         raise ConfigError(f"task is {settings.task}, but generation {loaded.name} was trained for {loaded.labels.task}: set task to that")

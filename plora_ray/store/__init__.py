@@ -5,6 +5,7 @@ adapters of single users beside them, tombstones of the erased above both. `Adap
 
 from plora_ray.store.adapter_store import AdapterStore, GenerationInfo
 from plora_ray.store.adapters import UserAdapter, is_version, new_version
+from plora_ray.store.encryption.root_key import RootKeySource
 from plora_ray.store.manifest import Manifest, ModelRef, ObjectRef, SegmentRef
 from plora_ray.store.objects import ObjectStore
 from plora_ray.store.reader import GenerationReader
@@ -20,6 +21,7 @@ __all__ = [
     "ModelRef",
     "ObjectRef",
     "ObjectStore",
+    "RootKeySource",
     "SegmentRef",
     "SharedWeights",
     "UserAdapter",

@@ -8,19 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from plora_ray.errors import CorruptObjectError, ErasedDuringFit, StoreError
+from plora_ray.errors import StoreError
 from plora_ray.identity import user_key, validate_user_id
 from plora_ray.store import names
-from plora_ray.store.adapters import (
-    FreshObject,
-    UserAdapter,
-    check_adapter,
-    decode_fresh,
-    encode_erased,
-    encode_fresh,
-    new_version,
-    now_iso,
-)
+from plora_ray.store.adapters import UserAdapter, new_version, now_iso
+from plora_ray.store.encryption.records import Records, UnreadableRecord
+from plora_ray.store.encryption.root_key import RootKeySource
+from plora_ray.store.encryption.user_keys import UserKeys
+from plora_ray.store.fresh import FreshAdapters, latest
 from plora_ray.store.manifest import Beginning, Current, Manifest, Tombstone, check_generation_id, dump_json, load_json
 from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import SERVING_RETRY_S, ObjectRange, ObjectStore
@@ -50,9 +45,12 @@ class AdapterStore:
     secret           16 to 64 bytes that key the user hash, kept outside the store; the environment's PLORA_STORE_KEY does the
                      same. With neither, a new store draws a key of its own and keeps it in store.json.
     retry_s          how long passing failures of the storage are ridden out, in every call
+    encryption       where the root key of an encrypted store comes from; with it, a new store is an encrypted one
+    locked           open an encrypted store without its root key: no adapter can be read or written, all else can
 
-    Raises StoreError if there is no store (create=False), if it can't be read, or if it was made with another key; a new store
+    Raises StoreError if there is no store (create=False), if it can't be read, or if it was made with other keys; a new store
     must first prove that it honours conditional writes. Threads may share it, and other processes may get a copy.
+    fresh: the objects below users/. records: seals and opens. keys: the users' data keys; None in a store without encryption.
     """
 
     def __init__(
@@ -63,10 +61,18 @@ class AdapterStore:
         *,
         create: bool = True,
         retry_s: float = SERVING_RETRY_S,
+        encryption: RootKeySource | None = None,
+        locked: bool = False,
     ) -> None:
         self.objects = ObjectStore(uri, storage_options, retry_s=retry_s)
-        self.store_id, self._secret = open_identity(self.objects, secret, create)
+        identity, self._secret = open_identity(self.objects, secret, create, encrypt=encryption is not None)
+        self.store_id = identity.store_id
         self._tombstones = Tombstones(self.objects)  # one for the store and all its readers
+        self.keys = self._user_keys(encryption, create, locked) if identity.encryption else None
+        self.records = Records(self.keys)
+        if encryption is not None and not self.encrypted:
+            raise StoreError(f"{self.uri} was made without encryption: unset store.encryption or copy into an encrypted store")
+        self.fresh = FreshAdapters(self.objects, self.records)
 
     @classmethod
     def open(
@@ -76,9 +82,11 @@ class AdapterStore:
         create: bool = False,
         secret: bytes | None = None,
         retry_s: float = SERVING_RETRY_S,
+        encryption: RootKeySource | None = None,
+        locked: bool = False,
     ) -> AdapterStore:
         """The store at `uri`, which must exist unless `create`."""
-        return cls(uri, storage_options, secret, create=create, retry_s=retry_s)
+        return cls(uri, storage_options, secret, create=create, retry_s=retry_s, encryption=encryption, locked=locked)
 
     def __repr__(self) -> str:
         return f"AdapterStore({self.uri!r})"
@@ -86,6 +94,11 @@ class AdapterStore:
     @property
     def uri(self) -> str:
         return self.objects.uri
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether what it holds of users is encrypted; fixed when the store is made."""
+        return self.keys is not None
 
     @property
     def hash_secret(self) -> bytes:
@@ -151,7 +164,7 @@ class AdapterStore:
             beginning = load_json(Beginning, self.objects.read(path), self.objects.uri_of(path))
         if beginning.kind != kind:
             raise StoreError(f"generation {generation} was begun with kind {beginning.kind!r}, not {kind!r}: choose another name")
-        return GenerationWriter(self.objects, beginning, self.activate)
+        return GenerationWriter(self.objects, self.records, beginning, self.activate)
 
     def resume(self, generation: str) -> GenerationWriter:
         """A writer of a generation that another process has begun. Raises StoreError if nobody has."""
@@ -159,7 +172,7 @@ class AdapterStore:
         data = self.objects.read_many([path]).get(path)
         if data is None:
             raise StoreError(f"generation {generation} was never begun: begin it first")
-        return GenerationWriter(self.objects, load_json(Beginning, data, self.objects.uri_of(path)), self.activate)
+        return GenerationWriter(self.objects, self.records, load_json(Beginning, data, self.objects.uri_of(path)), self.activate)
 
     def open_generation(self, generation: str | None = None) -> GenerationReader:
         """A reader of the given or the current generation. Raises StoreError if there is none, CorruptObjectError if damaged."""
@@ -167,7 +180,9 @@ class AdapterStore:
         if wanted is None:
             raise StoreError(f"{self.uri} has no generation yet: run train-all first")
         self._tombstones.refresh()
-        return GenerationReader(self.objects, self._published(wanted), self._tombstones)
+        if self.keys is not None:
+            self.keys.look_around()
+        return GenerationReader(self.objects, self.records, self._published(wanted), self._tombstones)
 
     # Users
 
@@ -180,30 +195,14 @@ class AdapterStore:
         Raises StoreError, with nothing written, if the adapter isn't finite or well-formed; ErasedDuringFit if the user was
         erased after the fit began (a fit that was running when the user left mustn't bring the user back).
         """
-        check_adapter(adapter)
-        path = names.fresh(adapter.key)
-        erased = tombstone_version(self.objects, adapter.key)
-
-        def newest(data: bytes | None) -> bytes | None:
-            standing = self._decode_or_none(adapter.key, data)
-            erased_version = _latest(erased, standing.erased_version if standing else None)
-            unexpected = known_erasure is not None and (erased_version or "") != known_erasure
-            if unexpected or (erased_version is not None and adapter.version <= erased_version):
-                raise ErasedDuringFit(f"{self.objects.uri_of(path)}: the user was erased after this fit began; nothing was written")
-            if standing and standing.adapter and standing.adapter.version >= adapter.version:
-                return None
-            return encode_fresh(adapter, erased_version)
-
-        self.objects.update(path, newest)
+        self.fresh.put(adapter, known_erasure)
 
     def get_fresh(self, key: bytes) -> UserAdapter | None:
         """The user's fresh adapter, whatever generation it belongs to; None if there is none. Raises CorruptObjectError."""
-        path = names.fresh(key)
-        standing = self._decode(key, self.objects.read_many([path]).get(path))
-        return standing.adapter if standing else None
+        return self.fresh.get(key)
 
     def pull(self, reader: GenerationReader, key: bytes) -> UserAdapter | None:
-        """The adapter to serve this user with, from the store: two requests at the same time, however many users there are.
+        """The adapter to serve this user with, from the store: two requests at the same time (encrypted: three), whatever its size.
 
         The newer of the fresh adapter (if it was fitted with this generation's shared weights) and the generation's own; None
         for a user with neither, and for an erased one. Honours an erasure even before the reader's tombstones are refreshed.
@@ -213,34 +212,38 @@ class AdapterStore:
         wanted = [ObjectRange(names.fresh(key))]
         if position is not None:
             wanted.append(reader.record_range(position))
-        fresh_data, *record = self.objects.read_ranges(wanted)
-        standing = self._decode(key, fresh_data)
-        erased = _latest(reader.erased_version(key), standing.erased_version if standing else None)
+        if self.keys is not None:
+            wanted.append(self.keys.range_of(key))
+        fresh_data, *others = self.objects.read_ranges(wanted)
+        key_part = others.pop() if self.keys is not None else None
+        standing = self.fresh.standing(key, fresh_data)
+        erased = latest(reader.erased_version(key), standing.erased_version if standing else None)
         outdated = max(erased or "", reader.manifest.version if position is not None else "")
         fresh = standing.adapter if standing else None
         if fresh and fresh.basis == reader.basis and fresh.version > outdated:
-            return fresh
+            return self.fresh.opened(fresh, key_part)
         if position is None or erased is not None:
             return None
-        return reader.adapter_at(position, record[0])
+        try:
+            return reader.adapter_at(position, others[0], key_part)
+        except UnreadableRecord:
+            if tombstone_version(self.objects, key) is None:
+                raise
+            return None  # erased just now, and the data key with it
 
     def erase(self, key: bytes) -> str:
         """Erase the user for good: no segment's record of this key is served again, and no adapter fitted before now.
 
-        Returns the erasure's version. The user's fresh adapter is gone when this returns; erasing again is fine.
+        Returns the erasure's version. The user's data key and fresh adapter are gone when this returns; erasing again is fine.
         """
         path = names.fresh(key)
-        standing = self._decode_or_none(key, self.objects.read_many([path]).get(path))
+        standing = self.fresh.standing_or_none(key, self.objects.read_many([path]).get(path))
         version = new_version(after=standing.adapter.version if standing and standing.adapter else None)
-
-        def emptied(data: bytes | None) -> bytes | None:
-            found = self._decode_or_none(key, data)
-            if found and found.erased_version and found.erased_version >= version:
-                return None  # the user came back in the meantime, or was erased again: whoever wrote it knew of this erasure
-            return encode_erased(key, version)
-
+        # The tombstone comes first: from there on nobody serves the user or makes a data key, whatever happens to this process.
         write_tombstone(self.objects, key, Tombstone(version=version, erased_at=now_iso()))
-        self.objects.update(path, emptied)
+        if self.keys is not None:
+            self.keys.destroy(key, version)
+        self.fresh.empty(key, version)
         return version
 
     def tombstones(self) -> dict[bytes, str]:
@@ -253,8 +256,14 @@ class AdapterStore:
         erased = tombstone_version(self.objects, key)
         if erased is None:
             return False
-        fresh = self.get_fresh(key)
-        return fresh is None or fresh.version <= erased
+        standing = self.fresh.read(key)
+        return standing is None or standing.adapter is None or standing.adapter.version <= erased
+
+    def _user_keys(self, source: RootKeySource | None, create: bool, locked: bool) -> UserKeys:
+        keys = UserKeys(self.objects, self.store_id, source)
+        if not (locked and source is None):
+            keys.open(create=create)
+        return keys
 
     def _published(self, generation: str) -> Manifest:
         manifest = self.manifest(generation)
@@ -262,23 +271,3 @@ class AdapterStore:
             existing = [info.generation for info in self.generations()]
             raise StoreError(f"{self.uri} has no generation {generation}; it has {', '.join(existing) or 'none'}")
         return manifest
-
-    def _decode(self, key: bytes, data: bytes | None) -> FreshObject | None:
-        if data is None:
-            return None
-        name = self.objects.uri_of(names.fresh(key))
-        standing = decode_fresh(data, name)
-        if standing.key != key:
-            raise CorruptObjectError(f"{name} holds another user's adapter: delete it")
-        return standing
-
-    def _decode_or_none(self, key: bytes, data: bytes | None) -> FreshObject | None:
-        """As `_decode`, but a damaged object counts as none: what replaces it mends the store."""
-        try:
-            return self._decode(key, data)
-        except CorruptObjectError:
-            return None
-
-
-def _latest(*versions: str | None) -> str | None:
-    return max((version for version in versions if version is not None), default=None)

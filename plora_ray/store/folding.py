@@ -16,6 +16,7 @@ import numpy as np
 
 from plora_ray.errors import CorruptObjectError
 from plora_ray.store import names
+from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.adapters import UserAdapter, decode_fresh, encode_fresh, version_above
 from plora_ray.store.objects import ObjectInfo, ObjectStore
 from plora_ray.store.tombstones import tombstone_version
@@ -37,17 +38,15 @@ class FreshSnapshot:
         return cls([key for key, _ in listed], np.sort(np.array([_state(item) for _, item in listed], np.uint64)))
 
 
-def fresh_adapters(objects: ObjectStore, keys: list[bytes], basis: str) -> Iterator[UserAdapter]:
+def fresh_adapters(store: AdapterStore, keys: list[bytes], basis: str) -> Iterator[UserAdapter]:
     """The adapters of `keys` that fit the shared weights `basis`, in the order of the keys.
 
     Raises CorruptObjectError for a damaged object: a generation made without it would end what it may still hold.
     """
     for start in range(0, len(keys), READ_AT_ONCE):
-        found = objects.read_many(names.fresh(key) for key in keys[start : start + READ_AT_ONCE])
-        for key in keys[start : start + READ_AT_ONCE]:
-            adapter = _adapter(objects, key, found.get(names.fresh(key)), basis)
-            if adapter is not None:
-                yield adapter
+        found = store.objects.read_many(names.fresh(key) for key in keys[start : start + READ_AT_ONCE])
+        standing = (_adapter(store.objects, key, found.get(names.fresh(key)), basis) for key in keys[start : start + READ_AT_ONCE])
+        yield from store.fresh.opened_many([adapter for adapter in standing if adapter is not None])
 
 
 def raise_late_versions(objects: ObjectStore, seen: np.ndarray, basis: str, version: str) -> int:

@@ -14,6 +14,9 @@ from plora_ray.errors import CorruptObjectError, StoreError
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.adapters import decode_fresh
+from plora_ray.store.decryption_check import DecryptionCheck
+from plora_ray.store.encryption.ring import check_ring
+from plora_ray.store.encryption.sealing import Place
 from plora_ray.store.manifest import Beginning, Current, Manifest, SegmentRef, StoreIdentity, Tombstone, load_json
 from plora_ray.store.objects import PROBE, ObjectInfo
 from plora_ray.store.row_digests import decode_row_digests
@@ -31,7 +34,10 @@ class Problem:
 
 @dataclass
 class Checked:
-    """objects, size: read, sound or not, and their bytes. unfinished: generations without a manifest. unknown: names of nobody's."""
+    """objects, size: read, sound or not, and their bytes. unfinished: generations without a manifest. unknown: names of nobody's.
+
+    data_keys: users who have one, in an encrypted store.
+    """
 
     objects: int = 0
     size: int = 0
@@ -39,6 +45,7 @@ class Checked:
     users: int = 0
     fresh: int = 0
     erased: int = 0
+    data_keys: int = 0
     unfinished: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -55,12 +62,14 @@ def check(store: AdapterStore, on_objects: Callable[[int, int], None]) -> Checke
 
 class _Check:
     def __init__(self, store: AdapterStore, listed: dict[str, ObjectInfo], on_objects: Callable[[int, int], None]) -> None:
-        self._objects, self._listed, self._on_objects = store.objects, listed, on_objects
+        self._store, self._objects, self._listed, self._on_objects = store, store.objects, listed, on_objects
         self._found = Checked()
         self._left = dict(listed)
+        self._decryption = DecryptionCheck(store)
 
     def run(self) -> Checked:
         """Whole generations first, by their manifests; then what stands beside them; the names that are left belong to nobody."""
+        self._keys()
         manifests: dict[str, Manifest | None] = {}
         for path in [path for path in self._listed if path.endswith(f"/{names.MANIFEST}")]:
             manifests[path.split("/")[1]] = self._generation(path)
@@ -78,6 +87,15 @@ class _Check:
         self._found.unknown = sorted(self._left)
         return self._found
 
+    def _keys(self) -> None:
+        """The ring and all shards, before the records that need them."""
+        if not self._store.encrypted:
+            return
+        self._object(names.KEY_RING, lambda path, data: check_ring(self._objects, data))
+        for path in [path for path in self._listed if names.key_shard_byte(path) is not None]:
+            self._object(path, self._decryption.learn)
+        self._found.data_keys = self._decryption.users
+
     def _generation(self, path: str) -> Manifest | None:
         manifest: Manifest | None = None
 
@@ -86,6 +104,8 @@ class _Check:
             manifest = load_json(Manifest, data, path)
             if names.manifest(manifest.generation) != path:
                 raise CorruptObjectError(f"is the manifest of generation {manifest.generation}")
+            if (manifest.encryption is not None) != self._store.encrypted:
+                raise CorruptObjectError("and its store don't agree on whether adapters are encrypted: restore it")
 
         self._object(path, read)
         if manifest is None:
@@ -151,8 +171,7 @@ class _Check:
         _same(data, sha256)
         decode_shared(data, path)
 
-    @staticmethod
-    def _segment(manifest: Manifest, reference: SegmentRef, path: str, data: bytes) -> None:
+    def _segment(self, manifest: Manifest, reference: SegmentRef, path: str, data: bytes) -> None:
         _same(data, reference.sha256)
         segment = decode_segment(data, path)
         layout = segment.layout
@@ -163,11 +182,15 @@ class _Check:
             raise CorruptObjectError("isn't what its manifest says: restore it or train again")
         if (segment.keys[0].tobytes().hex(), segment.keys[-1].tobytes().hex()) != (reference.first_key, reference.last_key):
             raise CorruptObjectError("holds other users than its manifest says: restore it or train again")
+        place = Place(manifest.generation, manifest.shared.sha256, manifest.kind)
+        self._decryption.check_records(segment.keys, segment.records, place, path)
 
-    @staticmethod
-    def _fresh(path: str, data: bytes) -> None:
-        if decode_fresh(data, path).key != names.fresh_key(path):
+    def _fresh(self, path: str, data: bytes) -> None:
+        found = decode_fresh(data, path)
+        if found.key != names.fresh_key(path):
             raise CorruptObjectError("holds another user's adapter: delete it")
+        if found.adapter is not None:
+            self._decryption.check_fresh(found.adapter)
 
 
 def _same(data: bytes, sha256: str) -> None:

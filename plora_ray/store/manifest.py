@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from plora_ray.errors import CorruptObjectError, StoreError
+from plora_ray.store.encryption.sealing import ALGORITHM
 
 FORMAT_VERSION: Final = "1"
+ENCRYPTED_FORMAT_VERSION: Final = "2"
 _GENERATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -29,11 +31,36 @@ def check_generation_id(generation: str) -> str:
     return generation
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A document of the store: unknown fields and loose types are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class ObjectRef(_Strict):
+class MaybeEncrypted(Strict):
+    """A document that says whether adapters are encrypted, and how. Without encryption it is as in format 1: the field isn't written."""
+
+    format_version: Literal["1", "2"] = FORMAT_VERSION
+    encryption: Literal["AES-256-GCM"] | None = None
+
+    @model_validator(mode="after")
+    def _version_says_it(self) -> Self:
+        if (self.format_version == ENCRYPTED_FORMAT_VERSION) != (self.encryption is not None):
+            raise ValueError(f"format {self.format_version} and encryption {self.encryption} don't go together")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name != "encryption" or value is not None}
+
+
+def encrypted(is_encrypted: bool) -> dict[str, Any]:
+    """The fields of a document that says so."""
+    return {"format_version": ENCRYPTED_FORMAT_VERSION, "encryption": ALGORITHM} if is_encrypted else {}
+
+
+class ObjectRef(Strict):
     """An object pinned by its digest; `path` counts from the store's root."""
 
     path: str
@@ -54,21 +81,21 @@ class SegmentRef(ObjectRef):
     index_checksum: KeyHex
 
 
-class ModelRef(_Strict):
+class ModelRef(Strict):
     """The frozen pre-trained model that a generation belongs to."""
 
     name: str
     weight_hash: str
 
 
-class Manifest(_Strict):
+class Manifest(MaybeEncrypted):
     """A published generation. `adapter_config` and `partition` are the trainer's own; the store only keeps them.
 
     version       of the generation's beginning: an adapter fitted since then is newer than the one in the segments
     commit_id     of the writer that published it
+    encryption    how the records of its segments are sealed; None: they aren't
     """
 
-    format_version: Literal["1"] = FORMAT_VERSION
     generation: str
     version: str
     commit_id: KeyHex
@@ -93,7 +120,7 @@ class Manifest(_Strict):
         return self
 
 
-class Beginning(_Strict):
+class Beginning(Strict):
     """What is written first into an unfinished generation: when it began, and of which kind it is."""
 
     format_version: Literal["1"] = FORMAT_VERSION
@@ -102,7 +129,7 @@ class Beginning(_Strict):
     kind: str
 
 
-class Tombstone(_Strict):
+class Tombstone(Strict):
     """An erased user's tombstone: adapters up to `version` must never be served again."""
 
     format_version: Literal["1"] = FORMAT_VERSION
@@ -110,17 +137,19 @@ class Tombstone(_Strict):
     erased_at: str
 
 
-class Current(_Strict):
+class Current(Strict):
     """Which generation serves."""
 
     format_version: Literal["1"] = FORMAT_VERSION
     generation: str
 
 
-class StoreIdentity(_Strict):
-    """The store's own record. `key_hex` keys the user hash; null when the operator keeps the key outside the store."""
+class StoreIdentity(MaybeEncrypted):
+    """The store's own record. `key_hex` keys the user hash; null when the operator keeps the key outside the store.
 
-    format_version: Literal["1"] = FORMAT_VERSION
+    With `encryption` every adapter in the store is sealed; that is fixed when the store is made.
+    """
+
     store_id: KeyHex
     key_hex: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     key_check: KeyHex

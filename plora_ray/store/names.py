@@ -12,9 +12,12 @@ FRESH = "users"
 MANIFEST = "manifest.json"
 BEGINNING = "begun.json"
 SHARED = "shared.safetensors"
+KEYS = "keys"
+KEY_RING = "keys/ring.json"
 
 _SEGMENT = re.compile(r".*/segments/(\d{5,})\.safetensors")
 _FRESH = re.compile(FRESH + r"/[0-9a-f]{2}/([0-9a-f]{32})\.safetensors")
+_KEY_SHARD = re.compile(KEYS + r"/([0-9a-f]{2})\.safetensors")
 _TOMBSTONE = re.compile(ERASED + r"/([0-9a-f]{32})\.json")
 
 
@@ -79,3 +82,14 @@ def erased_key(path: str) -> bytes | None:
     """The key whose tombstone lies at `path`; None if that is no tombstone's name."""
     match = _TOMBSTONE.fullmatch(path)
     return bytes.fromhex(match[1]) if match else None
+
+
+def key_shard(first_byte: int) -> str:
+    """Where the data keys of users whose keys begin with this byte lie."""
+    return f"{KEYS}/{first_byte:02x}.safetensors"
+
+
+def key_shard_byte(path: str) -> int | None:
+    """The first byte of the users' keys whose data keys lie at `path`; None if that is no shard's name."""
+    match = _KEY_SHARD.fullmatch(path)
+    return int(match[1], 16) if match else None

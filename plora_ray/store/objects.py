@@ -12,7 +12,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +181,14 @@ class ObjectStore:
             except (ObjectExists, ObjectNotFound):
                 time.sleep(random.uniform(0, min(0.5, 0.005 * 2**round_)))
         raise StoreError(f"can't update {self.uri_of(path)}: other writers replaced it {MAX_UPDATES} times; try again")
+
+    def update_many(self, changes: Mapping[str, Callable[[bytes | None], bytes | None]]) -> None:
+        """`update` of several objects by path, at the same time. A change may make calls of its own, but none that reads many."""
+        if len(changes) < 2 or not self._backend.concurrent:
+            for path, change in changes.items():
+                self.update(path, change)
+            return
+        list(self._threads().map(lambda item: self.update(*item), changes.items()))
 
     def folders(self, folder: str = "") -> list[str]:
         """Names of the folders right below `folder`, sorted; costs no listing of what is in them."""

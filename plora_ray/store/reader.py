@@ -14,11 +14,13 @@ import numpy as np
 from plora_ray.errors import CorruptObjectError
 from plora_ray.identity import KEY_BYTES
 from plora_ray.store.adapters import UserAdapter
+from plora_ray.store.encryption.records import Records, UnreadableRecord
+from plora_ray.store.encryption.sealing import Place
 from plora_ray.store.manifest import Manifest, SegmentRef
 from plora_ray.store.objects import ObjectRange, ObjectStore
 from plora_ray.store.segments import DIGEST_BYTES, SegmentLayout, ascending, decode_index, verify
 from plora_ray.store.shared import SharedWeights, decode_shared
-from plora_ray.store.tombstones import Tombstones
+from plora_ray.store.tombstones import Tombstones, tombstone_version
 
 MAX_GAP_BYTES = 64 * 1024  # reading this much in vain costs less than a request
 MAX_RANGE_BYTES = 8 * 2**20  # larger requests would keep the others waiting
@@ -31,9 +33,9 @@ class GenerationReader:
     CorruptObjectError if an object isn't the one that was published, StoreError if one can't be read.
     """
 
-    def __init__(self, objects: ObjectStore, manifest: Manifest, tombstones: Tombstones) -> None:
+    def __init__(self, objects: ObjectStore, records: Records, manifest: Manifest, tombstones: Tombstones) -> None:
         self.manifest = manifest
-        self._objects = objects
+        self._objects, self._records = objects, records
         self._tombstones = tombstones
         self._keys = np.empty((manifest.users, KEY_BYTES), np.uint8)
         self._digests = np.empty((manifest.users, DIGEST_BYTES), np.uint8)
@@ -100,35 +102,48 @@ class GenerationReader:
         positions = sorted({position for key in keys if (position := self.lookup(key)) is not None})
         runs = self._runs(positions)
         answers = self._objects.read_ranges([self._range(run[0], run[-1]) for run in runs])
-        adapters = {}
+        stored: dict[int, np.ndarray] = {}
         for run, data in zip(runs, answers, strict=True):
-            stride = self._layouts[self._segment(run[0])].width * 4
+            stride = self._layouts[self._segment(run[0])].record_bytes
             for position in run:
                 offset = (position - run[0]) * stride
-                adapter = self.adapter_at(position, None if data is None else data[offset : offset + stride])
-                adapters[adapter.key] = adapter
-        return adapters
+                stored[position] = self._proven(position, None if data is None else data[offset : offset + stride])
+        by_key = {self._keys[position].tobytes(): position for position in stored}
+        place = self._place()
+        placed = {key: (stored[position], place) for key, position in by_key.items()}
+        opened, unreadable = self._records.open_many(placed, self._objects.uri_of(self.manifest.shared.path.rpartition("/")[0]))
+        for key in unreadable:
+            if tombstone_version(self._objects, key) is None:  # else the user has just been erased, and the key with it
+                raise UnreadableRecord(f"the record of a user in generation {self.generation} can't be decrypted: `plora store fsck`")
+        return {key: self._adapter(by_key[key], record) for key, record in opened.items()}
 
     def record_range(self, position: int) -> ObjectRange:
         """Where the record of the user at `position` lies."""
         return self._range(position, position)
 
-    def adapter_at(self, position: int, record: bytes | None) -> UserAdapter:
+    def adapter_at(self, position: int, record: bytes | None, key_part: bytes | None = None) -> UserAdapter:
         """The adapter of the user at `position` from the bytes of its record; None for a segment that is gone.
 
-        Raises CorruptObjectError unless these are the bytes that were trained for this very user.
+        key_part: what was read of the user's key shard, in an encrypted store. Raises CorruptObjectError unless these are the bytes
+        that were trained for this very user, UnreadableRecord if they can't be decrypted (any more).
         """
-        segment = self._segment(position)
-        name = self._objects.uri_of(self.manifest.segments[segment].path)
+        stored, key = self._proven(position, record), self._keys[position].tobytes()
+        return self._adapter(position, self._records.open(key, stored, self._place(), self._name(position), key_part))
+
+    def _proven(self, position: int, record: bytes | None) -> np.ndarray:
+        """The record as it is stored, after its digest was verified."""
+        layout, name = self._layouts[self._segment(position)], self._name(position)
         if record is None:
             raise CorruptObjectError(f"{name} is gone although its generation is published: restore it or open another generation")
-        if len(record) != self._layouts[segment].width * 4:
+        if len(record) != layout.record_bytes:
             raise CorruptObjectError(f"{name} is shorter than its header declares: restore it or train again")
-        key = self._keys[position].tobytes()
-        verify(key, record, self._digests[position].tobytes(), name)
+        verify(self._keys[position].tobytes(), record, self._digests[position].tobytes(), name)
+        return np.frombuffer(record, np.uint8 if layout.sealed else "<f4")
+
+    def _adapter(self, position: int, record: np.ndarray) -> UserAdapter:
         return UserAdapter(
-            key=key,
-            record=np.frombuffer(record, "<f4"),
+            key=self._keys[position].tobytes(),
+            record=record,
             examples=int(self._examples[position]),
             generation=self.generation,
             version=self.manifest.version,
@@ -137,8 +152,18 @@ class GenerationReader:
             basis=self.basis,
         )
 
+    def _place(self) -> Place:
+        return Place(self.generation, self.basis, self.manifest.kind)
+
+    def _name(self, position: int) -> str:
+        return self._objects.uri_of(self.manifest.segments[self._segment(position)].path)
+
     def _load(self) -> None:
         manifest = self.manifest
+        if (manifest.encryption is not None) != self._records.sealed:
+            raise CorruptObjectError(
+                f"generation {self.generation} and its store don't agree on whether adapters are encrypted: restore it"
+            )
         wanted = [ObjectRange(manifest.shared.path)]
         wanted += [ObjectRange(segment.path, 0, segment.index_bytes) for segment in manifest.segments]
         shared, *indexes = self._objects.read_ranges(wanted)
@@ -157,9 +182,9 @@ class GenerationReader:
             raise CorruptObjectError(f"{name} is gone although its generation is published: restore it")
         index = decode_index(data, name)
         layout = index.layout
-        given = (layout.index_checksum, layout.generation, layout.kind, layout.width, layout.users, layout.total_bytes)
-        manifest = self.manifest
-        if given != (segment.index_checksum, self.generation, manifest.kind, manifest.width, segment.users, segment.size):
+        manifest, sealed = self.manifest, self.manifest.encryption is not None
+        given = (layout.index_checksum, layout.generation, layout.kind, layout.width, layout.users, layout.total_bytes, layout.sealed)
+        if given != (segment.index_checksum, self.generation, manifest.kind, manifest.width, segment.users, segment.size, sealed):
             raise CorruptObjectError(f"{name} isn't the segment that generation {self.generation} published: restore it")
         rows = slice(int(self._first_rows[number]), int(self._first_rows[number + 1]))
         self._keys[rows], self._digests[rows], self._examples[rows] = index.keys, index.digests, index.examples
@@ -180,7 +205,7 @@ class GenerationReader:
         runs: list[list[int]] = []
         for position in positions:
             if runs and self._segment(position) == self._segment(runs[-1][0]):
-                stride = self.manifest.width * 4
+                stride = self._layouts[self._segment(position)].record_bytes
                 gap, length = (position - runs[-1][-1] - 1) * stride, (position - runs[-1][0] + 1) * stride
                 if gap <= MAX_GAP_BYTES and length <= MAX_RANGE_BYTES:
                     runs[-1].append(position)

@@ -14,7 +14,7 @@ import uuid
 
 from plora_ray.errors import StoreError
 from plora_ray.store import names
-from plora_ray.store.manifest import StoreIdentity, dump_json, load_json
+from plora_ray.store.manifest import StoreIdentity, dump_json, encrypted, load_json
 from plora_ray.store.object_errors import ObjectExists, ObjectNotFound
 from plora_ray.store.objects import ObjectStore
 
@@ -23,39 +23,39 @@ MIN_SECRET_BYTES = 16
 MAX_SECRET_BYTES = 64  # BLAKE2b's limit for a key
 
 
-def open_identity(objects: ObjectStore, secret: bytes | None, create: bool) -> tuple[str, bytes]:
-    """The store's id and the key of its user hash; a missing store is made if `create`. Raises StoreError as AdapterStore does."""
+def open_identity(objects: ObjectStore, secret: bytes | None, create: bool, encrypt: bool) -> tuple[StoreIdentity, bytes]:
+    """The store's record and the key of its user hash; a missing store is made if `create`. Raises StoreError as AdapterStore does.
+
+    encrypt: whether a store that is made here encrypts what it holds of users.
+    """
     outside = _outside_secret(secret)
     try:
         identity = _read(objects)
     except ObjectNotFound as error:
         if not create:
             raise StoreError(f"there is no adapter store at {objects.uri}: train one first or correct the URI") from error
-        identity = _make(objects, outside)
-    return identity.store_id, _key(objects, identity, outside)
+        identity = _create(objects, outside or secrets.token_bytes(32), inside=outside is None, encrypt=encrypt)
+    return identity, _key(objects, identity, outside)
 
 
-def make_like(objects: ObjectStore, other: ObjectStore, key: bytes) -> StoreIdentity:
+def make_like(objects: ObjectStore, other: ObjectStore, key: bytes, encrypt: bool) -> StoreIdentity:
     """The identity of the store at `objects`, made if it is missing: with an id of its own, and `key`, that of `other`, kept as there."""
     try:
         return _read(objects)
     except ObjectNotFound:
-        return _create(objects, key, inside=_read(other).key_hex is not None)
+        return _create(objects, key, inside=_read(other).key_hex is not None, encrypt=encrypt)
 
 
 def _read(objects: ObjectStore) -> StoreIdentity:
     return load_json(StoreIdentity, objects.read(names.IDENTITY), objects.uri_of(names.IDENTITY))
 
 
-def _make(objects: ObjectStore, outside: bytes | None) -> StoreIdentity:
-    return _create(objects, outside or secrets.token_bytes(32), inside=outside is None)
-
-
-def _create(objects: ObjectStore, key: bytes, *, inside: bool) -> StoreIdentity:
+def _create(objects: ObjectStore, key: bytes, *, inside: bool, encrypt: bool) -> StoreIdentity:
     """A new store's identity. inside: whether its key is kept in it."""
     objects.probe()
     store_id = uuid.uuid4().hex
-    identity = StoreIdentity(store_id=store_id, key_hex=key.hex() if inside else None, key_check=_check_value(store_id, key))
+    kept, check_value = key.hex() if inside else None, _check_value(store_id, key)
+    identity = StoreIdentity(store_id=store_id, key_hex=kept, key_check=check_value, **encrypted(encrypt))
     try:
         objects.create(names.IDENTITY, dump_json(identity))
     except ObjectExists:

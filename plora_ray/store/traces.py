@@ -12,7 +12,6 @@ import numpy as np
 from plora_ray.identity import KEY_BYTES, as_words
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
-from plora_ray.store.adapters import decode_fresh
 from plora_ray.store.manifest import SegmentRef
 from plora_ray.store.row_digests import read_row_digests
 from plora_ray.store.segments import decode_index
@@ -23,13 +22,15 @@ from plora_ray.store.tombstones import tombstone_version
 class Traces:
     """records: published generations in whose segments the user's record lies. row_digests: those that keep a digest of the user's rows.
 
-    fresh_adapter: whether one of the user's lies below users/. erased: when the user was last erased, as a version. unfinished:
-    generations and runs that are not published, where nobody looked.
+    fresh_adapter: whether one of the user's lies below users/. data_key: whether there is a key that opens what is encrypted of the
+    user; None in a store without encryption. erased: when the user was last erased, as a version. unfinished: generations and runs
+    that are not published, where nobody looked.
     """
 
     records: list[str]
     row_digests: list[str]
     fresh_adapter: bool
+    data_key: bool | None
     erased: str | None
     unfinished: list[str]
 
@@ -45,12 +46,11 @@ def traces_of(store: AdapterStore, key: bytes) -> Traces:
         keys, _ = read_row_digests(store.objects, generation)
         if (keys == np.frombuffer(key, np.uint8)).all(axis=1).any():
             digests.append(generation)
-    path = names.fresh(key)
-    data = store.objects.read_many([path]).get(path)
-    fresh = data is not None and decode_fresh(data, store.objects.uri_of(path)).adapter is not None
+    standing = store.fresh.read(key)
+    fresh, data_key = standing is not None and standing.adapter is not None, None if store.keys is None else store.keys.has(key)
     unfinished = sorted(set(store.objects.folders(names.GENERATIONS)) - set(published))
     runs = [f"runs/{name}" for name in store.objects.folders("runs")]
-    return Traces(records, digests, fresh, tombstone_version(store.objects, key), unfinished + runs)
+    return Traces(records, digests, fresh, data_key, tombstone_version(store.objects, key), unfinished + runs)
 
 
 def _holds(store: AdapterStore, segment: SegmentRef, key: bytes) -> bool:

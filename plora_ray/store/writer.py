@@ -19,11 +19,13 @@ from pydantic import ValidationError
 from plora_ray.errors import CorruptObjectError, StoreError
 from plora_ray.store import names
 from plora_ray.store.adapters import now_iso
-from plora_ray.store.manifest import Beginning, Manifest, ModelRef, ObjectRef, SegmentRef, dump_json, first_problem, load_json
+from plora_ray.store.encryption.records import Records
+from plora_ray.store.encryption.sealing import Place
+from plora_ray.store.manifest import Beginning, Manifest, ModelRef, ObjectRef, SegmentRef, dump_json, encrypted, first_problem, load_json
 from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import ObjectStore
 from plora_ray.store.row_digests import encode_row_digests
-from plora_ray.store.segments import Segment, decode_segment, encode_segment
+from plora_ray.store.segments import Segment, check_users, decode_segment, encode_segment
 from plora_ray.store.shared import decode_shared, encode_shared
 
 WAVES_AT_ONCE = 4  # segments read at the same time when finished waves are verified; bounds memory
@@ -38,12 +40,13 @@ class GenerationWriter:
     `activate` is called with the generation's id once its manifest stands.
     """
 
-    def __init__(self, objects: ObjectStore, beginning: Beginning, activate: Callable[[str], None]) -> None:
+    def __init__(self, objects: ObjectStore, records: Records, beginning: Beginning, activate: Callable[[str], None]) -> None:
         self.generation = beginning.generation
         self.kind = beginning.kind
         self.version = beginning.version
         self.commit_id = uuid.uuid4().hex
-        self._objects = objects
+        self._objects, self._records = objects, records
+        self._basis: str | None = None
         self._activate = activate
 
     def write_shared(self, tensors: Mapping[str, torch.Tensor | np.ndarray], metadata: Mapping[str, str]) -> ObjectRef:
@@ -80,9 +83,12 @@ class GenerationWriter:
 
         Once this returns, the wave is finished for good. If the wave was finished before, that older segment stays and its
         reference is returned. announce: is told the segment's SHA-256 before it is written, for what must be kept along with it.
+        In an encrypted store each record is sealed under its user's data key, which is made if it is missing.
         Raises StoreError, with nothing written, for values that aren't finite or arrays that don't fit.
         """
-        data = encode_segment(keys, records, examples, kind=self.kind, generation=self.generation, wave=wave)
+        check_users(keys, records, examples, f"wave {wave} of generation {self.generation}")
+        stored = self._records.seal_wave(keys, records, self._place()) if self._records.sealed else records
+        data = encode_segment(keys, stored, examples, kind=self.kind, generation=self.generation, wave=wave)
         if announce is not None:
             announce(hashlib.sha256(data).hexdigest())
         path = names.segment(self.generation, wave)
@@ -96,6 +102,15 @@ class GenerationWriter:
                     return reference
                 self._objects.delete(path)  # damaged: nobody was told that it is finished
         raise StoreError(f"{self._objects.uri_of(path)} is damaged and comes back damaged: check the store")
+
+    def _place(self) -> Place:
+        """What the records are bound to. Raises StoreError before there are shared weights."""
+        if self._basis is None:
+            shared = self.shared_ref()
+            if shared is None:
+                raise StoreError(f"generation {self.generation} has no shared weights yet, and encrypted records are bound to them")
+            self._basis = shared.sha256
+        return Place(self.generation, self._basis, self.kind)
 
     def write_row_digests(self, wave: int, keys: np.ndarray, digests: np.ndarray) -> None:
         """Note what users of wave `wave` were trained on: keys uint8 [users, 16] ascending, digests uint8 [users, 16].
@@ -186,6 +201,7 @@ class GenerationWriter:
                 segments=sorted(segments, key=lambda segment: segment.first_key),
                 users=sum(segment.users for segment in segments),
                 examples=sum(segment.examples for segment in segments),
+                **encrypted(self._records.sealed),
             )
         except ValidationError as error:
             raise StoreError(f"generation {self.generation} can't be published: {first_problem(error)}") from error
@@ -219,6 +235,8 @@ class GenerationWriter:
         layout = segment.layout
         if (layout.generation, layout.kind, layout.wave) != (self.generation, self.kind, names.wave_of(path)):
             raise CorruptObjectError(f"{self._objects.uri_of(path)} holds another wave, generation or kind than its name says")
+        if layout.sealed != self._records.sealed:
+            raise CorruptObjectError(f"{self._objects.uri_of(path)} and its store don't agree on whether adapters are encrypted")
         return SegmentRef(
             path=path,
             size=len(data),

@@ -92,7 +92,7 @@ def plan_new_data(
         rows = dict(_pairs(source.keys, source.digests))
         folded = {
             adapter.key: adapter
-            for adapter in fresh_adapters(store.objects, list(fresh), base.reader.basis)
+            for adapter in fresh_adapters(store, list(fresh), base.reader.basis)
             if adapter.key not in had or adapter.version > manifest.version
         }
         wanted = {key for key, digest in rows.items() if key not in had or digests.get(key) != digest} - erased

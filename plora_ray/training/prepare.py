@@ -15,6 +15,7 @@ from plora_ray.data.stats import PartitionStats, label_space
 from plora_ray.data.trained_users import TrainedUsers, read_trained_users
 from plora_ray.data.units import ReadUnit
 from plora_ray.errors import ConfigError, StoreError
+from plora_ray.opening import UNENCRYPTED, open_store
 from plora_ray.store import AdapterStore
 from plora_ray.store.retries import retrying
 from plora_ray.training.carry_over import ANEW, Base, plan_new_data
@@ -65,13 +66,15 @@ def prepare(settings: Settings, line: ProgressLine, *, dry_run: bool = False) ->
     retry_s = settings.training.store_retry_s
     units = retrying(retry_s)(list_units, settings.data)
     settings = _with_partitions(settings, units)
-    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), create=True, retry_s=retry_s)
+    store = open_store(settings.store, create=True, retry_s=retry_s)
     store.objects.probe()
     training = settings.training
     run, base = _run_and_base(settings, store, fingerprint(settings.data, units), weights)
     head, resumed = run.begin(base.reader.generation if base is not None else None)
     generation, based_on = head.generation, head.base
     line.say(f"generation {generation} ({'resuming' if resumed else 'new'}) in {store.uri}")
+    if not store.encrypted:
+        line.say(UNENCRYPTED)
     line.say(f"partitioning {settings.data.shown} by user ...")
     uri = store.objects.uri_of(f"{run.folder}/partitions")
     stats = partition_rows(

@@ -21,6 +21,7 @@ from plora_ray.adapters.objective import PopulationObjective
 from plora_ray.adapters.pretrained import DTYPES, load_tokenizer
 from plora_ray.config import Settings, TrainingSettings
 from plora_ray.data.partition import read_partition
+from plora_ray.opening import open_store
 from plora_ray.store import AdapterStore, GenerationReader
 from plora_ray.training.activations import Below, LowerActivations, whole_passes
 from plora_ray.training.checkpoints import PopulationCheckpoints
@@ -86,7 +87,7 @@ def run_rank(assignment: Assignment, rank: int, ranks: int, observer: Observer) 
 
 def _run_stages(assignment: Assignment, rank: int, ranks: int, observer: Observer, resources: ExitStack) -> None:
     settings = assignment.settings
-    store = AdapterStore.open(settings.store.uri, settings.store.storage_options(), retry_s=settings.training.store_retry_s)
+    store = open_store(settings.store, retry_s=settings.training.store_retry_s)
     run = RunState(store.objects, assignment.fingerprint)
     owned = owned_partitions(settings.training.partition_count, rank, ranks)
     plans = {partition: run.plan.load_partition(partition) for partition in owned}

@@ -18,7 +18,7 @@ import yaml
 
 from plora_ray.config import load_settings
 from plora_ray.data.sources import list_units, read_unit
-from plora_ray.store import AdapterStore
+from plora_ray.opening import open_store
 
 Tree = dict[str, Any]
 PATIENCE_S = 240.0
@@ -144,7 +144,7 @@ class FitLog:
 def assert_whole(config: Path, result: dict[str, Any]) -> None:
     """The generation serves every user of the data exactly once, and its manifest says so."""
     settings = load_settings(config)
-    store = AdapterStore.open(settings.store.uri, settings.store.storage_options())
+    store = open_store(settings.store)
     reader = store.open_generation()
     users = {store.key(str(user)) for user in users_of(config)}
     keys = list(reader.keys())

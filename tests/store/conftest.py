@@ -1,4 +1,4 @@
-"""Stores for the tests: a folder and a real S3 server over HTTP; the same sentences must hold on both."""
+"""Stores for the tests: a folder, a real S3 server over HTTP, memory, and an encrypted one; the same sentences must hold on all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cluster.s3_server import S3Server
-from plora_ray.store import AdapterStore, GenerationWriter, ModelRef, UserAdapter, new_version
+from plora_ray.store import AdapterStore, GenerationWriter, ModelRef, RootKeySource, UserAdapter, new_version
 from plora_ray.store.adapters import now_iso
 
 WIDTH = 6
@@ -29,20 +29,27 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture(params=["file", "s3", "memory"])
+@pytest.fixture
+def root_key(monkeypatch: pytest.MonkeyPatch) -> RootKeySource:
+    """A root key in the environment."""
+    monkeypatch.setenv("TEST_ROOT_KEY", "5a" * 32)
+    return RootKeySource(key_env="TEST_ROOT_KEY")
+
+
+@pytest.fixture(params=["file", "s3", "memory", "encrypted"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, Any] | None]:
     """URI and storage options of an empty store."""
     if request.param == "file":
         return f"file://{tmp_path}/store", None
-    if request.param == "memory":
-        return f"memory://{uuid.uuid4().hex}", None
+    if request.param in ("memory", "encrypted"):
+        return f"memory://{uuid.uuid4().hex}/{request.param}", None
     server: S3Server = request.getfixturevalue("s3_server")
     return f"s3://adapters/{uuid.uuid4().hex}", server.storage_options
 
 
 @pytest.fixture
-def store(place: tuple[str, dict[str, Any] | None]) -> AdapterStore:
-    return AdapterStore(*place)
+def store(place: tuple[str, dict[str, Any] | None], root_key: RootKeySource) -> AdapterStore:
+    return AdapterStore(*place, encryption=root_key if place[0].endswith("/encrypted") else None)
 
 
 Users = dict[bytes, tuple[np.ndarray, int]]  # key -> record float32 [WIDTH], examples

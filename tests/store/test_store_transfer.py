@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 
 from plora_ray.errors import CorruptObjectError, StoreError
-from plora_ray.store import AdapterStore, ModelRef, ObjectStore, names
+from plora_ray.store import AdapterStore, ModelRef, ObjectStore, RootKeySource, names
 from plora_ray.store.fsck import check
 from plora_ray.store.transfer import copy_generation, open_target
 
 Make = Callable[..., Any]
+
+
+@pytest.fixture
+def copy_target(store: AdapterStore, tmp_path: Path, root_key: RootKeySource) -> Callable[[str], AdapterStore]:
+    """An empty store in a folder, encrypted if `store` is."""
+    return lambda name: open_target(store, str(tmp_path / name), None, root_key if store.encrypted else None)
 
 
 def unwatched(done: int, total: int) -> None:
@@ -22,7 +28,7 @@ def unwatched(done: int, total: int) -> None:
 
 
 def test_a_copy_serves_every_user_the_same_bytes_and_honours_erasures_before_and_after(
-    store: AdapterStore, tmp_path: Path, make_users: Make, publish: Make, make_fresh: Make
+    store: AdapterStore, make_users: Make, publish: Make, make_fresh: Make, copy_target: Make
 ) -> None:
     users = make_users(9)
     publish("g1", users)
@@ -30,7 +36,7 @@ def test_a_copy_serves_every_user_the_same_bytes_and_honours_erasures_before_and
     store.put_fresh(make_fresh("user-1", basis=basis))
     store.put_fresh(make_fresh("user-2"))  # of other shared weights
     store.erase(store.key("user-3"))
-    target = open_target(store, str(tmp_path / "copy"))
+    target = copy_target("copy")
     copy_generation(store, "g1", target, unwatched)
     assert target.current() is None and target.store_id != store.store_id
     target.activate("g1")
@@ -46,10 +52,10 @@ def test_a_copy_serves_every_user_the_same_bytes_and_honours_erasures_before_and
 
 
 def test_a_copy_that_was_stopped_goes_on_and_is_no_generation_before_its_end(
-    store: AdapterStore, tmp_path: Path, make_users: Make, publish: Make, monkeypatch: pytest.MonkeyPatch
+    store: AdapterStore, make_users: Make, publish: Make, copy_target: Make
 ) -> None:
     publish("g1", make_users(9))
-    target = open_target(store, str(tmp_path / "copy"))
+    target = copy_target("copy")
 
     def stop(done: int, total: int) -> None:
         if done == 3:
@@ -65,10 +71,10 @@ def test_a_copy_that_was_stopped_goes_on_and_is_no_generation_before_its_end(
 
 
 def test_damage_is_not_copied_and_another_generation_of_the_name_or_other_keys_are_refused(
-    store: AdapterStore, tmp_path: Path, make_users: Make, publish: Make
+    store: AdapterStore, tmp_path: Path, make_users: Make, publish: Make, copy_target: Make, root_key: RootKeySource
 ) -> None:
     publish("g1", make_users(5))
-    target = open_target(store, str(tmp_path / "copy"))
+    target = copy_target("copy")
     path = names.segment("g1", 1)
     data = store.objects.read(path)
     store.objects.write(path, data[:-1] + bytes([data[-1] ^ 1]))
@@ -77,10 +83,11 @@ def test_damage_is_not_copied_and_another_generation_of_the_name_or_other_keys_a
     assert target.generations() == []
     store.objects.write(path, data)
     copy_generation(store, "g1", target, unwatched)
-    foreign = AdapterStore(str(tmp_path / "foreign"))
+    encryption = root_key if store.encrypted else None
+    foreign = AdapterStore(str(tmp_path / "foreign"), encryption=encryption)
     with pytest.raises(StoreError, match="by another key"):
-        open_target(store, foreign.uri)
-    twin = open_target(store, str(tmp_path / "twin"))
+        open_target(store, foreign.uri, None, encryption)
+    twin = copy_target("twin")
     writer = twin.begin("g1")
     writer.write_shared({"B": np.zeros(1, np.float32)}, {})
     writer.commit(expected_users=0, model=ModelRef(name="m", weight_hash="0"), adapter_config={})
