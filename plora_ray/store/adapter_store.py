@@ -209,11 +209,21 @@ class AdapterStore:
         for a user with neither, and for an erased one. Honours an erasure even before the reader's tombstones are refreshed.
         Raises CorruptObjectError if the bytes can't be proven to be this user's.
         """
-        position = reader.lookup(key)
-        wanted = [ObjectRange(names.fresh(key))]
-        if position is not None:
-            wanted.append(reader.record_range(position))
-        fresh_data, *record = self.objects.read_ranges(wanted)
+        position, wanted = self._wanted(reader, key)
+        return self._to_serve(reader, key, position, self.objects.read_ranges(wanted))
+
+    async def pull_async(self, reader: GenerationReader, key: bytes) -> UserAdapter | None:
+        """As `pull`, without blocking the event loop; any number may wait at once, the store reads for a few at a time."""
+        position, wanted = self._wanted(reader, key)
+        return self._to_serve(reader, key, position, await self.objects.read_ranges_async(wanted))
+
+    def _wanted(self, reader: GenerationReader, key: bytes) -> tuple[int | None, list[ObjectRange]]:
+        """The user's position in the generation, and what has to be read to serve the user."""
+        position, fresh = reader.lookup(key), ObjectRange(names.fresh(key))
+        return position, [fresh] if position is None else [fresh, reader.record_range(position)]
+
+    def _to_serve(self, reader: GenerationReader, key: bytes, position: int | None, found: list[bytes | None]) -> UserAdapter | None:
+        fresh_data, *record = found
         standing = self._decode(key, fresh_data)
         erased = _latest(reader.erased_version(key), standing.erased_version if standing else None)
         outdated = max(erased or "", reader.manifest.version if position is not None else "")

@@ -76,7 +76,7 @@ def encode_segment(keys: np.ndarray, records: np.ndarray, examples: np.ndarray, 
     _check(keys, records, examples, f"wave {wave} of generation {generation}")
     users, width = records.shape
     counts = examples.astype("<i4").tobytes()
-    record_bytes = records.astype("<f4", copy=False).tobytes()
+    record_bytes = records.astype("<f4", copy=False).data.cast("B")  # a view: a wave's records are its memory
     key_bytes = keys.tobytes()
     digests = b"".join(
         record_digest(key_bytes[row * KEY_BYTES : (row + 1) * KEY_BYTES], record_bytes[row * width * 4 : (row + 1) * width * 4])
