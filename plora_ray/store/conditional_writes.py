@@ -7,6 +7,8 @@ can pass at once. So only file systems whose servers judge are named here: Googl
 
 from __future__ import annotations
 
+import json
+import uuid
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -30,9 +32,12 @@ class GoogleWrites:
 
     def replace_if(self, fs: Any, path: str, data: bytes, tag: str) -> None:
         bucket, key = path.split("/", 1)
+        boundary = uuid.uuid4().hex  # drawn: the data can't hold it
+        about = f"--{boundary}\r\nContent-Type: application/json\r\n\r\n{json.dumps({'name': key})}\r\n"
+        body = f"{about}--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n".encode() + data + f"\r\n--{boundary}--".encode()
         url = f"{fs._location}/upload/storage/v1/b/{quote(bucket)}/o"
-        headers = {"Content-Type": "application/octet-stream"}
-        fs.call("POST", url, uploadType="media", name=key, ifGenerationMatch=tag, headers=headers, data=data)
+        headers = {"Content-Type": f"multipart/related; boundary={boundary}"}
+        fs.call("POST", url, uploadType="multipart", ifGenerationMatch=tag, headers=headers, data=body)
 
 
 class AzureWrites:
