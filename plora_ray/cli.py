@@ -231,7 +231,7 @@ def generations_compact(config: ConfigOption, overrides: SetOption = None) -> No
 def generations_copy(
     generation: str,
     config: ConfigOption,
-    to: Annotated[str, typer.Option(help="The other store: a path, file:// or s3://bucket/prefix; made if it is missing.")],
+    to: Annotated[str, typer.Option(help="The other store: a path or a URI as store.uri; made if it is missing.")],
     endpoint_url: Annotated[str | None, typer.Option(help="Of the other store, if it is s3:// somewhere else.")] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -239,7 +239,7 @@ def generations_copy(
     settings = _settings(config, overrides)
     from plora_ray.store.transfer import copy_generation, open_target
 
-    source, other = _store(settings), settings.store.model_copy(update={"uri": to, "endpoint_url": endpoint_url})
+    source, other = _store(settings), settings.store.model_copy(update={"uri": to, "endpoint_url": endpoint_url, "options": {}})
     target = open_target(source, to, other.storage_options())
     with _bar("copying objects") as show:
         copied = copy_generation(source, generation, target, show)
