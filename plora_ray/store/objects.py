@@ -211,7 +211,7 @@ class ObjectStore:
         self.create(path, b"first")
         try:
             stale = self._call("read", path, self._backend.read_tagged, path)[1]
-            self._call("replace", path, self._backend.replace_if, path, b"second", stale)
+            self._conditional("replace", path, b"second", 2, self._backend.replace_if, path, b"second", stale)
             for condition, refused_write in (
                 ("create-only writes (If-None-Match)", lambda: self._backend.create(path, b"third")),
                 ("conditional replaces (If-Match)", lambda: self._backend.replace_if(path, b"fourth", stale)),

@@ -6,24 +6,18 @@ A backend in memory stops, errs, cuts an answer short or loses it at its n-th ca
 from __future__ import annotations
 
 import itertools
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 
-from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import StoreError
-from plora_ray.store import AdapterStore, ModelRef, UserAdapter, collection, names, new_version, retries
+from plora_ray.store import AdapterStore, collection, names, retries
 from plora_ray.store.fsck import check
 from plora_ray.training.compaction import compact
 from plora_ray.training.run_state import RunState
-
-USERS = [f"user-{number}" for number in range(8)]
-WIDTH = 3
-State = dict[str, bytes]
+from tests.chaos.small_store import USERS, adapt, nobody_watches, prepared, publish, served
 
 
 class Stopped(BaseException):
@@ -79,35 +73,6 @@ class FaultyBackend:
         return answer[: len(answer) // 2] if name == "read" else answer
 
 
-def publish(store: AdapterStore, generation: str, value: float) -> None:
-    """Two waves of four users, whose numbers are `value` plus their place."""
-    writer = store.begin(generation)
-    writer.write_shared({"B": np.ones(2, np.float32)}, {})
-    order = sorted(range(len(USERS)), key=lambda place: store.key(USERS[place]))
-    for wave, part in enumerate((order[:4], order[4:])):
-        keys = np.frombuffer(b"".join(store.key(USERS[place]) for place in part), np.uint8).reshape(-1, 16)
-        records = np.repeat(np.array(part, np.float32)[:, None] + np.float32(value), WIDTH, 1)
-        writer.write_segment(wave, keys, records, np.full(len(part), 7, np.int32))
-    config = {"labels": LabelSpace("classification", ("no", "yes")).to_json()}
-    writer.commit(expected_users=len(USERS), model=ModelRef(name="m", weight_hash="0"), adapter_config=config)
-
-
-def adapt(store: AdapterStore, user: str, value: float) -> None:
-    record, basis = np.full(WIDTH, value, np.float32), store.open_generation().basis
-    store.put_fresh(UserAdapter(store.key(user), record, 4, "g1", new_version(), "now", "fresh", basis))
-
-
-def served(store: AdapterStore) -> State:
-    """By user, the bytes of the adapter that a fresh reader is given."""
-    reader = store.open_generation()
-    found = {user: store.pull(reader, store.key(user)) for user in USERS}
-    return {user: adapter.record.tobytes() for user, adapter in found.items() if adapter is not None}
-
-
-def nobody_watches(done: int, users: int) -> None:
-    pass
-
-
 def collect(store: AdapterStore) -> None:
     collection.collect(store, keep=1, grace_s=0)
 
@@ -120,17 +85,6 @@ OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
     "gc": collect,
     "rollback": lambda store: store.activate("g1"),
 }
-
-
-def prepared() -> AdapterStore:
-    """Two generations of the same shared weights, two users adapted since and one erased."""
-    store = AdapterStore(f"memory://{uuid.uuid4().hex}")
-    publish(store, "g1", 100.0)
-    publish(store, "g2", 200.0)
-    adapt(store, USERS[1], 401.0)
-    adapt(store, USERS[2], 402.0)
-    store.erase(store.key(USERS[3]))
-    return store
 
 
 def disturbed_runs(operation: Callable[[AdapterStore], object], fault: str) -> Iterator[tuple[AdapterStore, bool]]:
