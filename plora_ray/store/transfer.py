@@ -15,9 +15,10 @@ from plora_ray.errors import CorruptObjectError, StoreError
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.adapters import decode_fresh
-from plora_ray.store.manifest import Manifest, Tombstone, load_json
+from plora_ray.store.manifest import Beginning, Manifest, Tombstone, load_json
 from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import ObjectStore
+from plora_ray.store.row_digests import decode_row_digests
 from plora_ray.store.store_identity import make_like
 from plora_ray.store.tombstones import write_tombstone
 
@@ -51,7 +52,11 @@ def copy_generation(source: AdapterStore, generation: str, target: AdapterStore,
             target.objects.create(path, data)
     _copy_erasures(source, target)  # of users who left meanwhile
     if standing is None:
-        _create(target, names.manifest(generation), source.objects.read(names.manifest(generation)))
+        path = names.manifest(generation)
+        data = source.objects.read(path)
+        if load_json(Manifest, data, source.objects.uri_of(path)) != manifest:
+            raise CorruptObjectError(f"{source.objects.uri_of(path)} changed while it was copied: `plora store fsck` tells more")
+        _create(target, path, data)
     return manifest
 
 
@@ -59,14 +64,23 @@ def _copy_objects(source: AdapterStore, manifest: Manifest, target: AdapterStore
     """All of the generation's objects but its manifest."""
     target.objects.probe()
     digests = {manifest.shared.path: manifest.shared.sha256, **{segment.path: segment.sha256 for segment in manifest.segments}}
-    listed = [item.path for item in source.objects.list(f"{names.GENERATIONS}/{manifest.generation}")]
+    listed = {item.path: item.size for item in source.objects.list(f"{names.GENERATIONS}/{manifest.generation}")}
     others = [path for path in listed if path not in digests and path != names.manifest(manifest.generation)]
     for place, path in enumerate([*digests, *others]):
         data = source.objects.read(path)
-        if path in digests and hashlib.sha256(data).hexdigest() != digests[path]:
+        if len(data) != listed.get(path) or (path in digests and hashlib.sha256(data).hexdigest() != digests[path]):
             raise CorruptObjectError(f"{source.objects.uri_of(path)} isn't what was published: `plora store fsck` tells more")
+        _prove_beside(manifest.generation, path, data, source.objects.uri_of(path))
         _create(target, path, data)
         on_objects(place + 1, len(digests) + len(others))
+
+
+def _prove_beside(generation: str, path: str, data: bytes, name: str) -> None:
+    """Raises CorruptObjectError for a damaged object that no manifest names and that has a checksum of its own; reports have none."""
+    if path == names.beginning(generation):
+        load_json(Beginning, data, name)
+    elif path.startswith(f"{names.row_digests(generation)}/"):
+        decode_row_digests(data, name)
 
 
 def _copy_erasures(source: AdapterStore, target: AdapterStore) -> None:

@@ -15,6 +15,7 @@ import pytest
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore, collection, names, retries
 from plora_ray.store.fsck import check
+from plora_ray.store.transfer import copy_generation, open_target
 from plora_ray.training.compaction import compact
 from plora_ray.training.run_state import RunState
 from tests.chaos.small_store import USERS, adapt, nobody_watches, prepared, publish, served
@@ -149,3 +150,31 @@ def test_two_compactions_at_once_make_one_generation_and_lose_nothing() -> None:
         assert "another writer" in str(error) or "was never begun" in str(error) or "doesn't exist" in str(error)
     assert served(AdapterStore(store.uri)) == before and store.current() == done[0].generation
     assert RunState(store.objects, "none").head() is None and check(store, nobody_watches).problems == []
+
+
+@pytest.mark.parametrize("fault", ["stop", "stop after", "error", "passing", "lost", "short"])
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_copy_disturbed_at_any_step_on_either_side_is_whole_or_no_generation_and_typed_again_ends(side: str, fault: str) -> None:
+    for at in itertools.count():
+        source = prepared()
+        target = open_target(source, f"{source.uri}-copy")
+        faulty = AdapterStore(source.uri if side == "source" else target.uri)
+        faulty.objects._backend = backend = FaultyBackend(faulty.objects._backend, fault, at)  # type: ignore[assignment]
+        sides = (faulty, target) if side == "source" else (source, faulty)
+        try:
+            copy_generation(sides[0], "g2", sides[1], nobody_watches)
+            acknowledged = True
+        except (Stopped, StoreError):
+            acknowledged = False
+        assert acknowledged or (backend.met and fault not in ("passing", "lost"))
+        fresh = AdapterStore(target.uri)
+        assert not acknowledged or fresh.manifest("g2") is not None
+        if fresh.manifest("g2") is not None:
+            fresh.activate("g2")
+            assert served(fresh) == served(source)
+        copy_generation(source, "g2", fresh, nobody_watches)
+        fresh.activate("g2")
+        found = check(fresh, nobody_watches)
+        assert served(fresh) == served(source) and found.problems == [] and found.unknown == []
+        if not backend.met:
+            return
