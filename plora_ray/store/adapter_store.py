@@ -6,7 +6,7 @@ Knows how these four join into the one adapter a user is served. Knows bytes and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from plora_ray.errors import CorruptObjectError, ErasedDuringFit, StoreError
 from plora_ray.identity import user_key, validate_user_id
@@ -28,6 +28,8 @@ from plora_ray.store.reader import GenerationReader
 from plora_ray.store.store_identity import open_identity
 from plora_ray.store.tombstones import Tombstones, tombstone_version, write_tombstone
 from plora_ray.store.writer import GenerationWriter
+
+_OfGeneration = TypeVar("_OfGeneration", Manifest, Beginning)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class AdapterStore:
         """All published generations, oldest first; unfinished ones don't exist yet."""
         current = self.current()
         found = self.objects.read_many(names.manifest(name) for name in self.objects.folders(names.GENERATIONS))
-        manifests = [load_json(Manifest, data, self.objects.uri_of(path)) for path, data in found.items()]
+        manifests = [self._load_own(Manifest, path, data) for path, data in found.items()]
         return [
             GenerationInfo(m.generation, m.created_at, m.kind, m.users, m.examples, m.model.name, m.generation == current)
             for m in sorted(manifests, key=lambda m: (m.created_at, m.generation))
@@ -112,7 +114,7 @@ class AdapterStore:
         """The manifest of a published generation; None if there is none of this name."""
         path = names.manifest(check_generation_id(generation))
         data = self.objects.read_many([path]).get(path)
-        return None if data is None else load_json(Manifest, data, self.objects.uri_of(path))
+        return None if data is None else self._load_own(Manifest, path, data)
 
     def current(self) -> str | None:
         """The generation that serves; None before the first is published."""
@@ -148,7 +150,7 @@ class AdapterStore:
         try:
             self.objects.create(path, dump_json(beginning))
         except ObjectExists:
-            beginning = load_json(Beginning, self.objects.read(path), self.objects.uri_of(path))
+            beginning = self._load_own(Beginning, path, self.objects.read(path))
         if beginning.kind != kind:
             raise StoreError(f"generation {generation} was begun with kind {beginning.kind!r}, not {kind!r}: choose another name")
         return GenerationWriter(self.objects, beginning, self.activate)
@@ -159,7 +161,7 @@ class AdapterStore:
         data = self.objects.read_many([path]).get(path)
         if data is None:
             raise StoreError(f"generation {generation} was never begun: begin it first")
-        return GenerationWriter(self.objects, load_json(Beginning, data, self.objects.uri_of(path)), self.activate)
+        return GenerationWriter(self.objects, self._load_own(Beginning, path, data), self.activate)
 
     def open_generation(self, generation: str | None = None) -> GenerationReader:
         """A reader of the given or the current generation. Raises StoreError if there is none, CorruptObjectError if damaged."""
@@ -272,6 +274,13 @@ class AdapterStore:
             existing = [info.generation for info in self.generations()]
             raise StoreError(f"{self.uri} has no generation {generation}; it has {', '.join(existing) or 'none'}")
         return manifest
+
+    def _load_own(self, kind: type[_OfGeneration], path: str, data: bytes) -> _OfGeneration:
+        """The document of the generation in whose folder it lies. Raises CorruptObjectError if it is another's."""
+        document = load_json(kind, data, self.objects.uri_of(path))
+        if document.generation != names.generation_of(path):
+            raise CorruptObjectError(f"{self.objects.uri_of(path)} belongs to generation {document.generation}: restore it")
+        return document
 
     def _decode(self, key: bytes, data: bytes | None) -> FreshObject | None:
         if data is None:
