@@ -10,6 +10,7 @@ import errno
 
 from botocore.exceptions import (
     BotoCoreError,
+    FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
@@ -50,8 +51,8 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a moment later."""
     if http_status(error) in TRANSIENT_STATUS or _code(error) in TRANSIENT_CODES:
         return True
-    if isinstance(error, (BotoConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError)):
-        return True
+    if isinstance(error, (BotoConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError, FlexibleChecksumError)):
+        return True  # the last: the bytes changed on their way, or were half replaced
     # Errors of the connection (a payload cut short) that arrive unwrapped; their packages are only known by name here.
     module, name = type(error).__module__, type(error).__name__
     return (
