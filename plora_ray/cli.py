@@ -246,7 +246,7 @@ def generations_compact(config: ConfigOption, overrides: SetOption = None) -> No
 def generations_copy(
     generation: str,
     config: ConfigOption,
-    to: Annotated[str, typer.Option(help="The other store: a path, file:// or s3://bucket/prefix; made if it is missing.")],
+    to: Annotated[str, typer.Option(help="The other store: a path or a URI as store.uri; made if it is missing.")],
     endpoint_url: Annotated[str | None, typer.Option(help="Of the other store, if it is s3:// somewhere else.")] = None,
     key_file: Annotated[Path | None, typer.Option(help="Root key of the other store; else this one's, if any.")] = None,
     key_env: KeyEnvOption = None,
@@ -258,7 +258,7 @@ def generations_copy(
     from plora_ray.opening import other_root_key
     from plora_ray.store.transfer import copy_generation, open_target
 
-    source, other = _store(settings), settings.store.model_copy(update={"uri": to, "endpoint_url": endpoint_url})
+    source, other = _store(settings), settings.store.model_copy(update={"uri": to, "endpoint_url": endpoint_url, "options": {}})
     root_key = other_root_key(settings.store, key_file, key_env, kms_key_id) or settings.store.root_key()
     target = open_target(source, to, other.storage_options(), root_key)
     with _bar("copying objects") as show:

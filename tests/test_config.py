@@ -73,6 +73,8 @@ def test_the_quickstart_and_the_defaults_are_valid_and_settings_survive_a_round_
 def test_s3_settings_hold_no_secret() -> None:
     settings = parse_settings({"store": {"uri": "s3://b/p", "endpoint_url": "http://127.0.0.1:9000", "region": "eu-west-1"}})
     assert settings.store.storage_options() == {"endpoint_url": "http://127.0.0.1:9000", "client_kwargs": {"region_name": "eu-west-1"}}
+    elsewhere = {"uri": "gs://b/p", "options": {"project": "mine", "token": "google_default"}}
+    assert parse_settings({"store": elsewhere}).store.storage_options() == elsewhere["options"]
     with pytest.raises(ConfigError, match="unknown setting 'store.secret'"):
         parse_settings({"store": {"secret": "x"}})
 
@@ -83,6 +85,10 @@ def test_s3_settings_hold_no_secret() -> None:
         ({"data": {"source": "https://me:hunter2@host/x.csv"}}, "data.storage_options"),
         ({"data": {"source": "simplecache::https://hunter2@host/x.csv"}}, "data.storage_options"),
         ({"store": {"uri": "s3://b/p", "endpoint_url": "http://key:hunter2@host:9000"}}, "AWS_SECRET_ACCESS_KEY"),
+        ({"store": {"uri": "sftp://me:hunter2@host/store"}}, "by the environment"),
+        ({"store": {"uri": "az://c/p", "options": {"account_key": "hunter2"}}}, "account_key may hold a secret"),
+        ({"store": {"uri": "gs://b/p", "options": {"token": "hunter2"}}}, "token may hold a secret"),
+        ({"store": {"uri": "s3://b/p", "options": {"anon": "hunter2"}}}, "s3:// has endpoint_url and region"),
     ],
 )
 def test_an_address_with_a_password_is_refused_in_one_line_that_names_its_place_and_does_not_repeat_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,9 @@ from plora_ray.config.encryption import EncryptionSettings, ServerSideSettings
 from plora_ray.config.section import Section
 from plora_ray.data.locations import holds_credentials
 from plora_ray.store.encryption.root_key import RootKeySource
+
+_SECRET = re.compile(r"(?i)key|secret|token|passw|credential|sas|connection_string")
+_LOGINS = [("token", way) for way in ("anon", "cloud", "google_default")]  # ways to log in, by which gcsfs knows them
 
 
 class ModelSettings(Section):
@@ -39,21 +43,30 @@ class AdapterSettings(Section):
 
 
 class StoreSettings(Section):
-    """Where adapters live: a path, file:///path, s3://bucket/prefix, or memory://name for tests. endpoint_url and region: S3 only.
+    """Where adapters live: a path, file:///path, s3://bucket/prefix, memory://name for tests, or what else fsspec knows (gs://, ...).
 
+    endpoint_url and region: S3 only. options: of fsspec's file system, for all others; no credentials.
     encryption: of all that is one user's, under keys of the users' own; None: off. sse: what S3 encrypts objects with, beside that.
     """
 
     uri: str = "var/store"
     endpoint_url: str | None = None
     region: str | None = None
+    options: dict[str, str | int | float | bool] = {}
     encryption: EncryptionSettings | None = None
     sse: ServerSideSettings | None = None
 
     @model_validator(mode="after")
     def _no_password(self) -> StoreSettings:
+        if holds_credentials(self.uri):
+            raise ValueError("uri holds a user name or password: give credentials by the environment instead")
         if self.endpoint_url is not None and holds_credentials(self.endpoint_url):
             raise ValueError("endpoint_url holds a user name or password: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
+        secret = next((name for name in self.options if _SECRET.search(name)), None)
+        if secret is not None and (secret, self.options[secret]) not in _LOGINS:
+            raise ValueError(f"options: {secret} may hold a secret; give credentials by the environment instead (docs/store.md, Backends)")
+        if self.options and self._scheme in ("", "file", "memory", "s3"):
+            raise ValueError("options are for gs://, az:// and such; s3:// has endpoint_url and region, files and memory have none")
         return self
 
     @model_validator(mode="after")
@@ -66,10 +79,14 @@ class StoreSettings(Section):
         """Where the root key of an encrypted store comes from; None: encryption is off."""
         return None if self.encryption is None else self.encryption.root_key(self.region)
 
+    @property
+    def _scheme(self) -> str:
+        return self.uri.partition("://")[0] if "://" in self.uri else ""
+
     def storage_options(self) -> dict[str, Any]:
-        """What fsspec's file system is opened with; S3 credentials come from the environment."""
-        if not self.uri.startswith("s3://"):
-            return {}
+        """What fsspec's file system is opened with; credentials come from the environment."""
+        if self._scheme != "s3":
+            return dict(self.options)
         client = {"region_name": self.region} if self.region else {}
         options: dict[str, Any] = {"client_kwargs": client} if client else {}
         if self.sse is not None:

@@ -5,24 +5,29 @@ Knows how these four join into the one adapter a user is served. Knows bytes and
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from plora_ray.errors import StoreError
+from plora_ray.errors import CorruptObjectError, StoreError
 from plora_ray.identity import user_key, validate_user_id
 from plora_ray.store import names
 from plora_ray.store.adapters import UserAdapter, new_version, now_iso
-from plora_ray.store.encryption.records import Records, UnreadableRecord
+from plora_ray.store.encryption.records import Records
 from plora_ray.store.encryption.root_key import RootKeySource
 from plora_ray.store.encryption.user_keys import UserKeys
-from plora_ray.store.fresh import FreshAdapters, latest
+from plora_ray.store.fresh import FreshAdapters
 from plora_ray.store.manifest import Beginning, Current, Manifest, Tombstone, check_generation_id, dump_json, load_json
 from plora_ray.store.object_errors import ObjectExists
-from plora_ray.store.objects import SERVING_RETRY_S, ObjectRange, ObjectStore
+from plora_ray.store.objects import SERVING_RETRY_S, ObjectStore
+from plora_ray.store.pulling import Puller
 from plora_ray.store.reader import GenerationReader
+from plora_ray.store.record_cache import RecordCache
 from plora_ray.store.store_identity import open_identity
 from plora_ray.store.tombstones import Tombstones, tombstone_version, write_tombstone
 from plora_ray.store.writer import GenerationWriter
+
+_OfGeneration = TypeVar("_OfGeneration", Manifest, Beginning)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class AdapterStore:
         if encryption is not None and not self.encrypted:
             raise StoreError(f"{self.uri} was made without encryption: unset store.encryption or copy into an encrypted store")
         self.fresh = FreshAdapters(self.objects, self.records)
+        self._puller = Puller(self.objects, self.fresh, self.keys)
 
     @classmethod
     def open(
@@ -115,7 +121,7 @@ class AdapterStore:
         """All published generations, oldest first; unfinished ones don't exist yet."""
         current = self.current()
         found = self.objects.read_many(names.manifest(name) for name in self.objects.folders(names.GENERATIONS))
-        manifests = [load_json(Manifest, data, self.objects.uri_of(path)) for path, data in found.items()]
+        manifests = [self._load_own(Manifest, path, data) for path, data in found.items()]
         return [
             GenerationInfo(m.generation, m.created_at, m.kind, m.users, m.examples, m.model.name, m.generation == current)
             for m in sorted(manifests, key=lambda m: (m.created_at, m.generation))
@@ -125,7 +131,7 @@ class AdapterStore:
         """The manifest of a published generation; None if there is none of this name."""
         path = names.manifest(check_generation_id(generation))
         data = self.objects.read_many([path]).get(path)
-        return None if data is None else load_json(Manifest, data, self.objects.uri_of(path))
+        return None if data is None else self._load_own(Manifest, path, data)
 
     def current(self) -> str | None:
         """The generation that serves; None before the first is published."""
@@ -161,7 +167,7 @@ class AdapterStore:
         try:
             self.objects.create(path, dump_json(beginning))
         except ObjectExists:
-            beginning = load_json(Beginning, self.objects.read(path), self.objects.uri_of(path))
+            beginning = self._load_own(Beginning, path, self.objects.read(path))
         if beginning.kind != kind:
             raise StoreError(f"generation {generation} was begun with kind {beginning.kind!r}, not {kind!r}: choose another name")
         return GenerationWriter(self.objects, self.records, beginning, self.activate)
@@ -172,7 +178,7 @@ class AdapterStore:
         data = self.objects.read_many([path]).get(path)
         if data is None:
             raise StoreError(f"generation {generation} was never begun: begin it first")
-        return GenerationWriter(self.objects, self.records, load_json(Beginning, data, self.objects.uri_of(path)), self.activate)
+        return GenerationWriter(self.objects, self.records, self._load_own(Beginning, path, data), self.activate)
 
     def open_generation(self, generation: str | None = None) -> GenerationReader:
         """A reader of the given or the current generation. Raises StoreError if there is none, CorruptObjectError if damaged."""
@@ -201,35 +207,26 @@ class AdapterStore:
         """The user's fresh adapter, whatever generation it belongs to; None if there is none. Raises CorruptObjectError."""
         return self.fresh.get(key)
 
-    def pull(self, reader: GenerationReader, key: bytes) -> UserAdapter | None:
+    def pull(
+        self, reader: GenerationReader, key: bytes, *, records: RecordCache | None = None, may_be_fresh: bool = True
+    ) -> UserAdapter | None:
         """The adapter to serve this user with, from the store: two requests at the same time (encrypted: three), whatever its size.
 
         The newer of the fresh adapter (if it was fitted with this generation's shared weights) and the generation's own; None
         for a user with neither, and for an erased one. Honours an erasure even before the reader's tombstones are refreshed.
-        Raises CorruptObjectError if the bytes can't be proven to be this user's.
+        records: where the generation's record is looked for first. may_be_fresh=False: the caller knows of no fresh adapter,
+        which saves the request for it. Raises CorruptObjectError if the bytes can't be proven to be this user's.
         """
-        position = reader.lookup(key)
-        wanted = [ObjectRange(names.fresh(key))]
-        if position is not None:
-            wanted.append(reader.record_range(position))
-        if self.keys is not None:
-            wanted.append(self.keys.range_of(key))
-        fresh_data, *others = self.objects.read_ranges(wanted)
-        key_part = others.pop() if self.keys is not None else None
-        standing = self.fresh.standing(key, fresh_data)
-        erased = latest(reader.erased_version(key), standing.erased_version if standing else None)
-        outdated = max(erased or "", reader.manifest.version if position is not None else "")
-        fresh = standing.adapter if standing else None
-        if fresh and fresh.basis == reader.basis and fresh.version > outdated:
-            return self.fresh.opened(fresh, key_part)
-        if position is None or erased is not None:
-            return None
-        try:
-            return reader.adapter_at(position, others[0], key_part)
-        except UnreadableRecord:
-            if tombstone_version(self.objects, key) is None:
-                raise
-            return None  # erased just now, and the data key with it
+        plan = self._puller.plan(reader, key, records, may_be_fresh)
+        return self._puller.settle(reader, plan, self.objects.read_ranges(plan.ranges), records)
+
+    async def pull_async(self, reader: GenerationReader, key: bytes) -> UserAdapter | None:
+        """As `pull`, without blocking the event loop; any number may wait at once, the store reads for a few at a time."""
+        plan = self._puller.plan(reader, key, None, True)
+        found = await self.objects.read_ranges_async(plan.ranges)
+        if self.keys is None:
+            return self._puller.settle(reader, plan, found, None)
+        return await asyncio.to_thread(self._puller.settle, reader, plan, found, None)  # may have to read the key shard as a whole
 
     def erase(self, key: bytes) -> str:
         """Erase the user for good: no segment's record of this key is served again, and no adapter fitted before now.
@@ -271,3 +268,10 @@ class AdapterStore:
             existing = [info.generation for info in self.generations()]
             raise StoreError(f"{self.uri} has no generation {generation}; it has {', '.join(existing) or 'none'}")
         return manifest
+
+    def _load_own(self, kind: type[_OfGeneration], path: str, data: bytes) -> _OfGeneration:
+        """The document of the generation in whose folder it lies. Raises CorruptObjectError if it is another's."""
+        document = load_json(kind, data, self.objects.uri_of(path))
+        if document.generation != names.generation_of(path):
+            raise CorruptObjectError(f"{self.objects.uri_of(path)} belongs to generation {document.generation}: restore it")
+        return document

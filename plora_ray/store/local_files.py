@@ -12,11 +12,13 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 HIDDEN = "."  # names that begin so are ours (temporary files, the lock) and no objects
+TEMPORARY = f"{HIDDEN}tmp-"
 
 
 class LocalFiles:
@@ -85,6 +87,18 @@ class LocalFiles:
     def prune(self, folder: str) -> None:
         shutil.rmtree(self.root / folder, ignore_errors=True)
 
+    def abort_uploads(self, older_than_s: float) -> int:
+        """Delete the temporary files of writers that were killed."""
+        aborted = 0
+        for parent, _, names in os.walk(self.root):
+            for name in names:
+                file = Path(parent, name)
+                with contextlib.suppress(FileNotFoundError):  # renamed or deleted since it was listed
+                    if name.startswith(TEMPORARY) and time.time() - file.stat().st_mtime >= older_than_s:
+                        file.unlink()
+                        aborted += 1
+        return aborted
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the store's one lock for compare-and-replace, against other threads and other processes."""
@@ -98,7 +112,7 @@ class LocalFiles:
 def _temporary(target: Path, data: bytes) -> Iterator[Path]:
     """A synced file with `data` beside `target`; removed at the end if it is still there."""
     _make_folder(target.parent)
-    temporary = target.parent / f"{HIDDEN}tmp-{uuid.uuid4().hex}"
+    temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         with temporary.open("xb") as file:
             file.write(data)

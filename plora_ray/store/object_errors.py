@@ -10,6 +10,7 @@ import errno
 
 from botocore.exceptions import (
     BotoCoreError,
+    FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
@@ -25,6 +26,8 @@ from plora_ray.errors import StoreError
 TRANSIENT_STATUS = frozenset({409, 429, 500, 502, 503, 504})
 TRANSIENT_CODES = frozenset({"SlowDown", "InternalError", "RequestTimeout", "ServiceUnavailable", "XAmzContentSHA256Mismatch"})
 
+AZURE_TRANSIENT = frozenset({"ServiceRequestError", "ServiceResponseError", "IncompleteReadError"})
+
 
 class ObjectNotFound(StoreError):
     """There is no object of this name."""
@@ -36,18 +39,27 @@ class ObjectExists(StoreError):
 
 def http_status(error: BaseException) -> int | None:
     """The HTTP status behind `error`, if a server answered at all."""
-    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status if isinstance(status, int) else None
+    statuses = (
+        _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode"),
+        getattr(error, "status_code", None),  # Azure's
+        getattr(error, "code", None),  # Google's
+    )
+    return next((status for status in statuses if isinstance(status, int)), None)
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a moment later."""
     if http_status(error) in TRANSIENT_STATUS or _code(error) in TRANSIENT_CODES:
         return True
-    if isinstance(error, (BotoConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError)):
-        return True
-    # aiohttp's own errors (a payload cut short) arrive unwrapped; its package is only known by name here.
-    return isinstance(error, (ConnectionError, TimeoutError, FSTimeoutError)) or type(error).__module__.startswith("aiohttp")
+    if isinstance(error, (BotoConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError, FlexibleChecksumError)):
+        return True  # the last: the bytes changed on their way, or were half replaced
+    # Errors of the connection (a payload cut short) that arrive unwrapped; their packages are only known by name here.
+    module, name = type(error).__module__, type(error).__name__
+    return (
+        isinstance(error, (ConnectionError, TimeoutError, FSTimeoutError))
+        or module.startswith(("aiohttp", "requests"))
+        or (module.startswith("azure.core") and name in AZURE_TRANSIENT)
+    )
 
 
 def is_refused_condition(error: BaseException) -> bool:

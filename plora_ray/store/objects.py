@@ -1,12 +1,13 @@
-"""Whole objects under one root: file://, s3:// or memory://, behind a few synchronous, thread-safe calls.
+"""Whole objects under one root, a folder or a bucket, behind a few thread-safe calls.
 
 Knows names, bytes, retries and conditional writes; knows nothing of what the bytes mean, nor of any storage library: each
-kind of storage is a `Backend` in a file of its own (fsspec's S3 in `s3_objects.py`).
+kind of storage is a `Backend` in a file of its own (`backends.py` names them).
 Every failure leaves as a StoreError of one line that names the object and says what to check.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import re
@@ -15,13 +16,10 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any, TypeVar
 
 from plora_ray.errors import StoreError
-from plora_ray.store.local_files import LocalFiles
-from plora_ray.store.memory_objects import MemoryObjects
+from plora_ray.store.backends import open_backend
 from plora_ray.store.object_errors import (
     ObjectExists,
     ObjectNotFound,
@@ -30,7 +28,6 @@ from plora_ray.store.object_errors import (
     store_error,
 )
 from plora_ray.store.retries import retrying
-from plora_ray.store.s3_objects import S3Objects
 
 SERVING_RETRY_S = 3.0  # a request waits for it; jobs, which can wait, give more
 MAX_UPDATES = 50  # a compare-and-replace that loses this often is a bug or a hot spot, not bad luck
@@ -38,7 +35,6 @@ READ_THREADS = 32
 PROBE = "probe"  # the folder of what a probe writes and deletes again
 
 _PATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _Result = TypeVar("_Result")
 
 
@@ -61,27 +57,11 @@ class ObjectRange:
     stop: int | None = None
 
 
-class Backend(Protocol):
-    """What a kind of storage must do; raises FileNotFoundError, FileExistsError or its own errors."""
-
-    concurrent: bool  # whether many reads at once are faster than one after the other
-
-    def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes: ...
-    def read_tagged(self, path: str) -> tuple[bytes, str]: ...
-    def exists(self, path: str) -> bool: ...
-    def write(self, path: str, data: bytes) -> None: ...
-    def create(self, path: str, data: bytes) -> None: ...
-    def replace_if(self, path: str, data: bytes, tag: str) -> None: ...
-    def find(self, folder: str) -> list[tuple[str, int, str, float]]: ...  # path, size, tag, time
-    def folders(self, folder: str) -> list[str]: ...
-    def delete(self, path: str) -> None: ...
-    def prune(self, folder: str) -> None: ...  # drop what is no object: empty folders, leftovers of killed writes
-
-
 class ObjectStore:
-    """All objects below `uri`: an absolute or relative path, file:///path, s3://bucket[/prefix] or memory://name.
+    """All objects below `uri`: an absolute or relative path, file:///path, s3://bucket[/prefix], memory://name, or any other URI
+    that fsspec knows (gs://, az://, ...).
 
-    storage_options go to fsspec's S3 file system (key, secret, endpoint_url, client_kwargs, ...); other stores take none.
+    storage_options go to fsspec's file system (for S3: key, secret, endpoint_url, client_kwargs, ...); files and memory take none.
     retry_s: how long a call that meets passing failures (503, a broken connection, ...) is tried again, with random back-off.
     Paths are relative names of letters, digits and `._-`, with no part that begins with a dot. Raises StoreError for an
     unusable URI. A copy sent to another process (or inherited by a fork) opens its own connections.
@@ -90,7 +70,7 @@ class ObjectStore:
     def __init__(self, uri: str, storage_options: dict[str, Any] | None = None, *, retry_s: float = SERVING_RETRY_S) -> None:
         self.storage_options = dict(storage_options or {})
         self.retry_s = retry_s
-        self.uri, self._backend = _open_backend(uri, self.storage_options)
+        self.uri, self._backend = open_backend(uri, self.storage_options)
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self._proven = False
 
@@ -131,6 +111,14 @@ class ObjectStore:
             return [self._read_or_none(item) for item in ranges]
         return list(self._threads().map(self._read_or_none, ranges))
 
+    async def read_ranges_async(self, ranges: Sequence[ObjectRange]) -> list[bytes | None]:
+        """As `read_ranges`, without blocking the event loop: the store's READ_THREADS threads wait for the storage.
+
+        Cancelled, it drops the reads that no thread has begun; others' reads go on.
+        """
+        reads = [self._threads().submit(self._read_or_none, item) for item in ranges]
+        return list(await asyncio.gather(*map(asyncio.wrap_future, reads)))
+
     def exists(self, path: str) -> bool:
         return self._call("look up", path, self._backend.exists, path)
 
@@ -139,11 +127,15 @@ class ObjectStore:
         self._call("write", path, self._backend.write, path, data)
 
     def create(self, path: str, data: bytes) -> None:
-        """Write an object that mustn't exist yet. Raises ObjectExists, with the older object untouched."""
-        self._conditional("create", path, data, self._backend.create, path, data)
+        """Write an object that mustn't exist yet with other bytes. Raises ObjectExists, with the older object untouched."""
+        self._conditional("create", path, data, 1, self._backend.create, path, data)
 
-    def _conditional(self, verb: str, path: str, data: bytes, write: Callable[..., None], *arguments: Any) -> None:
-        """A write that is refused if another writer came first. Raises ObjectExists or ObjectNotFound then."""
+    def _conditional(self, verb: str, path: str, data: bytes, doubtful: int, write: Callable[..., None], *arguments: Any) -> None:
+        """A write that is refused if another writer came first. Raises ObjectExists or ObjectNotFound then.
+
+        doubtful: a refusal after so many attempts may be of our own success, whose answer was lost on the way; then, if the object
+        is as it was to be, it is ours. 1 where it wouldn't matter if it were another's: some file systems try again unseen.
+        """
         attempts = 0
 
         def attempt() -> None:
@@ -154,8 +146,7 @@ class ObjectStore:
         try:
             self._call(verb, path, attempt)
         except ObjectExists:
-            # An earlier attempt may have succeeded with its answer lost on the way; then the object is ours.
-            if attempts == 1 or self._read_or_none(ObjectRange(path)) != data:
+            if attempts < doubtful or self._read_or_none(ObjectRange(path)) != data:
                 raise
 
     def update(self, path: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
@@ -174,9 +165,9 @@ class ObjectStore:
                 return old
             try:
                 if tag is None:
-                    self._conditional("create", path, new, self._backend.create, path, new)
+                    self._conditional("create", path, new, 2, self._backend.create, path, new)
                 else:
-                    self._conditional("replace", path, new, self._backend.replace_if, path, new, tag)
+                    self._conditional("replace", path, new, 2, self._backend.replace_if, path, new, tag)
                 return new
             except (ObjectExists, ObjectNotFound):
                 time.sleep(random.uniform(0, min(0.5, 0.005 * 2**round_)))
@@ -216,6 +207,10 @@ class ObjectStore:
                 continue
         self._retried("delete", folder, self._backend.prune, folder)
 
+    def abort_uploads(self, older_than_s: float) -> int:
+        """Drop what killed writers left half-written longer than `older_than_s` ago, which no listing shows; returns how many."""
+        return self._call("clean up", "", self._backend.abort_uploads, older_than_s)
+
     def probe(self) -> None:
         """Prove, once, that this store can be written and honours conditions. Raises StoreError with the reason if not."""
         if self._proven:
@@ -223,9 +218,11 @@ class ObjectStore:
         path = f"{PROBE}/{uuid.uuid4().hex}"
         self.create(path, b"first")
         try:
+            stale = self._call("read", path, self._backend.read_tagged, path)[1]
+            self._conditional("replace", path, b"second", 2, self._backend.replace_if, path, b"second", stale)
             for condition, refused_write in (
-                ("create-only writes (If-None-Match)", lambda: self._backend.create(path, b"second")),
-                ("conditional replaces (If-Match)", lambda: self._backend.replace_if(path, b"third", '"0"')),
+                ("create-only writes (If-None-Match)", lambda: self._backend.create(path, b"third")),
+                ("conditional replaces (If-Match)", lambda: self._backend.replace_if(path, b"fourth", stale)),
             ):
                 try:
                     self._call("write", path, refused_write)
@@ -269,22 +266,3 @@ class ObjectStore:
 
 def _reopen(uri: str, storage_options: dict[str, Any], retry_s: float) -> ObjectStore:
     return ObjectStore(uri, storage_options, retry_s=retry_s)
-
-
-def _open_backend(uri: str, storage_options: dict[str, Any]) -> tuple[str, Backend]:
-    """The normalised URI and the backend behind it."""
-    parts = urlsplit(uri if "://" in uri else Path(uri).absolute().as_uri())
-    if parts.scheme == "s3" and _BUCKET.fullmatch(parts.netloc):
-        root = f"{parts.netloc}{parts.path}".rstrip("/")
-        return f"s3://{root}", S3Objects(root, storage_options)
-    if parts.scheme == "s3":
-        raise StoreError(f"{parts.netloc!r} isn't the name of an S3 bucket: write s3://bucket/prefix")
-    if storage_options:
-        raise StoreError(f"storage options are for s3:// stores only; {uri} takes none")
-    if parts.scheme == "file" and parts.netloc == "" and parts.path.startswith("/"):
-        root = unquote(parts.path).rstrip("/")
-        return f"file://{root}", LocalFiles(root)
-    if parts.scheme == "memory" and parts.netloc:
-        root = f"{parts.netloc}{parts.path}".rstrip("/")
-        return f"memory://{root}", MemoryObjects(root)
-    raise StoreError(f"{uri!r} isn't a usable store URI: write a path, file:///path, s3://bucket/prefix or memory://name")

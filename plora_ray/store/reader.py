@@ -6,6 +6,7 @@ the two) and keeps no cache of records.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterable, Iterator
 
@@ -99,9 +100,19 @@ class GenerationReader:
 
         Raises CorruptObjectError if any of them can't be proven.
         """
-        positions = sorted({position for key in keys if (position := self.lookup(key)) is not None})
-        runs = self._runs(positions)
-        answers = self._objects.read_ranges([self._range(run[0], run[-1]) for run in runs])
+        runs = self._runs_of(keys)
+        return self._adapters(runs, self._objects.read_ranges([self._range(run[0], run[-1]) for run in runs]))
+
+    async def get_many_async(self, keys: Iterable[bytes]) -> dict[bytes, UserAdapter]:
+        """As `get_many`, without blocking the event loop."""
+        runs = self._runs_of(keys)
+        answers = await self._objects.read_ranges_async([self._range(run[0], run[-1]) for run in runs])
+        if not self._records.sealed:
+            return self._adapters(runs, answers)
+        return await asyncio.to_thread(self._adapters, runs, answers)  # reads key shards
+
+    def _adapters(self, runs: list[list[int]], answers: list[bytes | None]) -> dict[bytes, UserAdapter]:
+        """The adapters at the positions of `runs`, from what was read for each run."""
         stored: dict[int, np.ndarray] = {}
         for run, data in zip(runs, answers, strict=True):
             stride = self._layouts[self._segment(run[0])].record_bytes
@@ -200,8 +211,9 @@ class GenerationReader:
         start, stop = self._layouts[segment].record_range(first - first_row, last - first_row)
         return ObjectRange(self.manifest.segments[segment].path, start, stop)
 
-    def _runs(self, positions: list[int]) -> list[list[int]]:
-        """Ascending positions, grouped so that each group is worth one request."""
+    def _runs_of(self, keys: Iterable[bytes]) -> list[list[int]]:
+        """The ascending positions of those of `keys` that this generation holds, grouped so that each group is worth one request."""
+        positions = sorted({position for key in keys if (position := self.lookup(key)) is not None})
         runs: list[list[int]] = []
         for position in positions:
             if runs and self._segment(position) == self._segment(runs[-1][0]):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
+from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_random_exponential
 
 from plora_ray.store.object_errors import is_transient
 
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
+PART_ATTEMPTS = 4
 
 
 def retrying(retry_s: float) -> Retrying:
@@ -18,6 +19,16 @@ def retrying(retry_s: float) -> Retrying:
     return Retrying(
         retry=retry_if_exception(_passing),
         stop=stop_before_delay(retry_s),
+        wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+        reraise=True,
+    )
+
+
+def retrying_parts() -> AsyncRetrying:
+    """For a part of a large write, by itself: as `retrying`, a few times, so that one broken connection doesn't cost all parts."""
+    return AsyncRetrying(
+        retry=retry_if_exception(_passing),
+        stop=stop_after_attempt(PART_ATTEMPTS),
         wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
         reraise=True,
     )

@@ -1,19 +1,26 @@
 """Objects in an S3 bucket, through fsspec's S3 file system: one request a call, conditions as S3 knows them.
 
-The only file that calls fsspec. Raises fsspec's and botocore's own errors, once: `objects.py` retries and words them.
+Large objects go in parts (`s3_multipart.py`). Raises fsspec's and botocore's own errors, once: `objects.py` retries and words them.
 """
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 from typing import Any
 
 import fsspec
 
-MAX_PUT_BYTES = 5 * 2**30  # S3's limit for one PUT; beyond it an upload has parts, and parts know no conditions
+from plora_ray.store import s3_multipart
+
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+def is_bucket(name: str) -> bool:
+    """Whether S3 allows a bucket of this name."""
+    return _BUCKET.fullmatch(name) is not None
 
 
 class S3Objects:
@@ -74,10 +81,14 @@ class S3Objects:
     def prune(self, folder: str) -> None:
         """There are only objects in a bucket."""
 
+    def abort_uploads(self, older_than_s: float) -> int:
+        return s3_multipart.abort_uploads(self._fs(), self._bucket, self._key("") + "/" if self._key("") else "", older_than_s)
+
     def _put(self, path: str, data: bytes, **condition: str) -> None:
-        if len(data) >= MAX_PUT_BYTES:
-            raise OSError(errno.EFBIG, f"{len(data)} bytes don't fit one PUT of at most {MAX_PUT_BYTES}: use more, smaller segments")
-        self._fs().pipe_file(self._full(path), data, chunksize=MAX_PUT_BYTES, **condition)
+        if len(data) >= s3_multipart.MIN_BYTES:
+            s3_multipart.upload(self._fs(), self._bucket, self._key(path), data, **condition)
+        else:
+            self._fs().call_s3("put_object", Bucket=self._bucket, Key=self._key(path), Body=data, **condition)
 
     def _head(self, path: str) -> dict[str, Any]:
         head: dict[str, Any] = self._fs().call_s3("head_object", Bucket=self._bucket, Key=self._key(path))

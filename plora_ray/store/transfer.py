@@ -16,9 +16,10 @@ from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.adapters import FreshObject, decode_fresh, encode_fresh
 from plora_ray.store.encryption.root_key import RootKeySource
-from plora_ray.store.manifest import Manifest, Tombstone, dump_json, load_json
+from plora_ray.store.manifest import Beginning, Manifest, Tombstone, dump_json, load_json
 from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import ObjectStore
+from plora_ray.store.row_digests import decode_row_digests
 from plora_ray.store.store_identity import make_like
 from plora_ray.store.tombstones import write_tombstone
 from plora_ray.store.wave_sealing import WaveSealing
@@ -64,7 +65,10 @@ def copy_generation(source: AdapterStore, generation: str, target: AdapterStore,
                 target.objects.create(names.fresh(found.key), stored)
     _copy_erasures(source, target)  # of users who left meanwhile
     if standing is None:
-        _create(target, names.manifest(generation), dump_json(copied))
+        path = names.manifest(generation)
+        if load_json(Manifest, source.objects.read(path), source.objects.uri_of(path)) != manifest:
+            raise CorruptObjectError(f"{source.objects.uri_of(path)} changed while it was copied: `plora store fsck` tells more")
+        _create(target, path, dump_json(copied))
     return copied
 
 
@@ -72,19 +76,28 @@ def _copy_objects(source: AdapterStore, manifest: Manifest, target: AdapterStore
     """All of the generation's objects but its manifest; returns that, as it is to stand in the target."""
     target.objects.probe()
     digests = {manifest.shared.path: manifest.shared.sha256, **{segment.path: segment.sha256 for segment in manifest.segments}}
-    listed = [item.path for item in source.objects.list(f"{names.GENERATIONS}/{manifest.generation}")]
+    listed = {item.path: item.size for item in source.objects.list(f"{names.GENERATIONS}/{manifest.generation}")}
     others = [path for path in listed if path not in digests and path != names.manifest(manifest.generation)]
     waves = WaveSealing(source, manifest, target) if target.encrypted else None
     for place, path in enumerate([*digests, *others]):
         data = source.objects.read(path)
-        if path in digests and hashlib.sha256(data).hexdigest() != digests[path]:
+        if len(data) != listed.get(path) or (path in digests and hashlib.sha256(data).hexdigest() != digests[path]):
             raise CorruptObjectError(f"{source.objects.uri_of(path)} isn't what was published: `plora store fsck` tells more")
+        _prove_beside(manifest.generation, path, data, source.objects.uri_of(path))
         if waves is not None and names.wave_of(path) is not None:
             waves.write(path, data)
         else:
             _create(target, path, data)
         on_objects(place + 1, len(digests) + len(others))
     return manifest if waves is None else waves.manifest()
+
+
+def _prove_beside(generation: str, path: str, data: bytes, name: str) -> None:
+    """Raises CorruptObjectError for a damaged object that no manifest names and that has a checksum of its own; reports have none."""
+    if path == names.beginning(generation):
+        load_json(Beginning, data, name)
+    elif path.startswith(f"{names.row_digests(generation)}/"):
+        decode_row_digests(data, name)
 
 
 def _copy_erasures(source: AdapterStore, target: AdapterStore) -> None:

@@ -6,24 +6,19 @@ A backend in memory stops, errs, cuts an answer short or loses it at its n-th ca
 from __future__ import annotations
 
 import itertools
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 
-from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import StoreError
-from plora_ray.store import AdapterStore, ModelRef, UserAdapter, collection, names, new_version, retries
+from plora_ray.store import AdapterStore, collection, names, retries
 from plora_ray.store.fsck import check
+from plora_ray.store.transfer import copy_generation, open_target
 from plora_ray.training.compaction import compact
 from plora_ray.training.run_state import RunState
-
-USERS = [f"user-{number}" for number in range(8)]
-WIDTH = 3
-State = dict[str, bytes]
+from tests.chaos.small_store import USERS, adapt, nobody_watches, prepared, publish, served
 
 
 class Stopped(BaseException):
@@ -79,35 +74,6 @@ class FaultyBackend:
         return answer[: len(answer) // 2] if name == "read" else answer
 
 
-def publish(store: AdapterStore, generation: str, value: float) -> None:
-    """Two waves of four users, whose numbers are `value` plus their place."""
-    writer = store.begin(generation)
-    writer.write_shared({"B": np.ones(2, np.float32)}, {})
-    order = sorted(range(len(USERS)), key=lambda place: store.key(USERS[place]))
-    for wave, part in enumerate((order[:4], order[4:])):
-        keys = np.frombuffer(b"".join(store.key(USERS[place]) for place in part), np.uint8).reshape(-1, 16)
-        records = np.repeat(np.array(part, np.float32)[:, None] + np.float32(value), WIDTH, 1)
-        writer.write_segment(wave, keys, records, np.full(len(part), 7, np.int32))
-    config = {"labels": LabelSpace("classification", ("no", "yes")).to_json()}
-    writer.commit(expected_users=len(USERS), model=ModelRef(name="m", weight_hash="0"), adapter_config=config)
-
-
-def adapt(store: AdapterStore, user: str, value: float) -> None:
-    record, basis = np.full(WIDTH, value, np.float32), store.open_generation().basis
-    store.put_fresh(UserAdapter(store.key(user), record, 4, "g1", new_version(), "now", "fresh", basis))
-
-
-def served(store: AdapterStore) -> State:
-    """By user, the bytes of the adapter that a fresh reader is given."""
-    reader = store.open_generation()
-    found = {user: store.pull(reader, store.key(user)) for user in USERS}
-    return {user: adapter.record.tobytes() for user, adapter in found.items() if adapter is not None}
-
-
-def nobody_watches(done: int, users: int) -> None:
-    pass
-
-
 def collect(store: AdapterStore) -> None:
     collection.collect(store, keep=1, grace_s=0)
 
@@ -120,17 +86,6 @@ OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
     "gc": collect,
     "rollback": lambda store: store.activate("g1"),
 }
-
-
-def prepared() -> AdapterStore:
-    """Two generations of the same shared weights, two users adapted since and one erased."""
-    store = AdapterStore(f"memory://{uuid.uuid4().hex}")
-    publish(store, "g1", 100.0)
-    publish(store, "g2", 200.0)
-    adapt(store, USERS[1], 401.0)
-    adapt(store, USERS[2], 402.0)
-    store.erase(store.key(USERS[3]))
-    return store
 
 
 def disturbed_runs(operation: Callable[[AdapterStore], object], fault: str) -> Iterator[tuple[AdapterStore, bool]]:
@@ -195,3 +150,31 @@ def test_two_compactions_at_once_make_one_generation_and_lose_nothing() -> None:
         assert "another writer" in str(error) or "was never begun" in str(error) or "doesn't exist" in str(error)
     assert served(AdapterStore(store.uri)) == before and store.current() == done[0].generation
     assert RunState(store.objects, "none").head() is None and check(store, nobody_watches).problems == []
+
+
+@pytest.mark.parametrize("fault", ["stop", "stop after", "error", "passing", "lost", "short"])
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_copy_disturbed_at_any_step_on_either_side_is_whole_or_no_generation_and_typed_again_ends(side: str, fault: str) -> None:
+    for at in itertools.count():
+        source = prepared()
+        target = open_target(source, f"{source.uri}-copy")
+        faulty = AdapterStore(source.uri if side == "source" else target.uri)
+        faulty.objects._backend = backend = FaultyBackend(faulty.objects._backend, fault, at)  # type: ignore[assignment]
+        sides = (faulty, target) if side == "source" else (source, faulty)
+        try:
+            copy_generation(sides[0], "g2", sides[1], nobody_watches)
+            acknowledged = True
+        except (Stopped, StoreError):
+            acknowledged = False
+        assert acknowledged or (backend.met and fault not in ("passing", "lost"))
+        fresh = AdapterStore(target.uri)
+        assert not acknowledged or fresh.manifest("g2") is not None
+        if fresh.manifest("g2") is not None:
+            fresh.activate("g2")
+            assert served(fresh) == served(source)
+        copy_generation(source, "g2", fresh, nobody_watches)
+        fresh.activate("g2")
+        found = check(fresh, nobody_watches)
+        assert served(fresh) == served(source) and found.problems == [] and found.unknown == []
+        if not backend.met:
+            return

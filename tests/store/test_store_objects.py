@@ -133,7 +133,10 @@ def test_a_name_that_could_leave_the_store_is_refused(tmp_path: Path, path: str)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("uri", ["ftp://host/x", "s3://", "s3://key:secret@bucket/x", "file://relative/x", "memory://"])
+UNUSABLE = ["nonsense://host/x", "s3://", "s3://key:secret@bucket/x", "file://relative/x", "memory://", "simplecache::s3://b/x"]
+
+
+@pytest.mark.parametrize("uri", UNUSABLE)
 def test_an_unusable_uri_says_which_ones_are_usable(uri: str) -> None:
     with pytest.raises(StoreError):
         ObjectStore(uri)
