@@ -138,7 +138,7 @@ class Pulls:
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, key: bytes) -> UserAdapter | None:
+    def __call__(self, key: bytes, at_least: str) -> UserAdapter | None:
         self.count += 1
         self.gate.wait(5)
         if self.failure is not None:
