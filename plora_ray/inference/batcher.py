@@ -23,7 +23,7 @@ from plora_ray.inference.observer import BatchDone, EngineObserver
 # token ids of each row and its user's record [user_width] or None -> logits [rows, outputs]
 Forward = Callable[[Sequence[Sequence[int]], Sequence[np.ndarray | None]], Tensor]
 
-LEAST_FILL = 0.8  # real tokens of a batch by padded ones, below which a row had better wait for a batch of its like
+LEAST_FILL = 0.8  # a row's tokens by the padded tokens it adds, below which it had better wait for a batch of its like
 CHOSEN_FROM = 8  # times max_rows: the oldest rows among which a batch is chosen
 
 
@@ -126,16 +126,18 @@ class Batcher:
         near = [self._rows.popleft() for _ in range(min(len(self._rows), CHOSEN_FROM * self._max_rows))]
         wanted = len(near[0].ids)
         order = sorted(range(1, len(near)), key=lambda place: abs(len(near[place].ids) - wanted))  # stable: older rows first
-        chosen, tokens, longest = {0}, wanted, wanted
+        chosen, longest = {0}, wanted
         for place in order:
             length = len(near[place].ids)
             padded = max(longest, length) * (len(chosen) + 1)
-            if len(chosen) == self._max_rows or padded > self._max_tokens:
+            if len(chosen) == self._max_rows:
                 break
-            if padded > self._worth_tokens and tokens + length < LEAST_FILL * padded:
-                break
+            # What this row adds to the pass, its own padding and that of the others: much more than its tokens, and it had better wait.
+            costly = padded - longest * len(chosen) > length / LEAST_FILL
+            if padded > self._max_tokens or (costly and padded > self._worth_tokens):
+                continue
             chosen.add(place)
-            tokens, longest = tokens + length, max(longest, length)
+            longest = max(longest, length)
         self._rows.extendleft(row for place, row in reversed(list(enumerate(near))) if place not in chosen)
         return [row for place, row in enumerate(near) if place in chosen]
 
