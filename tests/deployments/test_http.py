@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import jwt
 import numpy as np
 import pytest
 
+from deployments import dashboard
+from deployments.metrics import METRICS
 from plora_ray.client import AsyncClient, Client, RequestFailed
 from plora_ray.store import AdapterStore
 from tests.generations import publish
@@ -21,6 +24,8 @@ from tests.generations import publish
 KEY = "a test key of more than 32 bytes ......"
 USERS = [f"person {index}" for index in range(12)]
 TEXT = "a text that people disagree about"
+METRIC = re.compile(r"\bray_plora_\w+")
+RAYS_OWN_LABELS = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId", "JobId", "NodeId"}
 EXAMPLES = [("lovely", "yes"), ("dull", "no"), ("fine, I guess", "perhaps"), ("a joy", "yes")]
 
 
@@ -65,7 +70,7 @@ def deployed(tiny_plm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "limits": {"body_bytes": 100_000, "inputs": 50, "text_chars": 1000, "examples": 8, "queued_texts": 200},
         },
     }  # fmt: skip
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _system_config={"metrics_report_interval_ms": 500})
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build({"settings": settings}), name="plora")
@@ -259,3 +264,28 @@ def test_the_interface_describes_itself(deployed: Deployed) -> None:
         paths = http.get("/openapi.json").json()["paths"]
     for path in ("/v1/predict", "/v1/users/{user_id}/examples", "/v1/users/{user_id}", "/v1/generations", "/healthz", "/readyz"):
         assert path in paths
+
+
+def test_every_metric_of_the_dashboard_is_exported_and_none_of_its_labels_names_a_user(deployed: Deployed) -> None:
+    import ray
+
+    user = "somebody with a name"
+    with deployed.client() as client:
+        for _ in range(8):  # both replicas
+            client.predict([(USERS[0], TEXT), (user, TEXT)])
+        client.adapt(user, EXAMPLES)
+        client.erase(user)
+    named = {name for panel in dashboard.dashboard()["panels"] for target in panel["targets"] for name in METRIC.findall(target["expr"])}
+    assert len(named) >= len(METRICS)
+    (port,) = [node["MetricsExportPort"] for node in ray.nodes()]
+    deadline = time.monotonic() + 60
+    while missing := named - set(METRIC.findall(exported := httpx.get(f"http://127.0.0.1:{port}/metrics").text)):
+        assert time.monotonic() < deadline, f"never exported: {sorted(missing)}"
+        time.sleep(0.2)
+    ours = [line for line in exported.splitlines() if METRIC.match(line)]
+    labels = {label for line in ours for label in re.findall(r'(\w+)="', line)}
+    assert labels <= {"le", *(label for metric in METRICS.values() for label in metric.labels), *RAYS_OWN_LABELS}
+    keys = [deployed.store.key(name).hex() for name in (user, USERS[0])]
+    assert not any(word in line for line in ours for word in (user, USERS[0], *keys))
+    assert any('call="erase"' in line and 'outcome="ok"' in line for line in ours)
+    assert any(line.startswith("ray_plora_resident_users") and float(line.split()[-1]) == 12 for line in ours)
