@@ -13,11 +13,16 @@ from pathlib import Path
 import httpx
 import jwt
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from deployments import dashboard
 from deployments.metrics import METRICS
 from plora_ray.client import AsyncClient, Client, RequestFailed
+from plora_ray.config import parse_settings
+from plora_ray.errors import ConfigError
+from plora_ray.scoring.job import score_table
 from plora_ray.store import AdapterStore
 from tests.generations import publish
 
@@ -289,3 +294,30 @@ def test_every_metric_of_the_dashboard_is_exported_and_none_of_its_labels_names_
     assert not any(word in line for line in ours for word in (user, USERS[0], *keys))
     assert any('call="erase"' in line and 'outcome="ok"' in line for line in ours)
     assert any(line.startswith("ray_plora_resident_users") and float(line.split()[-1]) == 12 for line in ours)
+
+
+def test_a_table_is_answered_on_the_cluster_and_a_stopped_job_goes_on_with_its_generation(deployed: Deployed, tmp_path: Path) -> None:
+    rows = [((*USERS, "stranger")[place % 13], f"{TEXT} {place}") for place in range(60)]
+    columns = {"user_id": [user for user, _ in rows], "text": [text for _, text in rows]}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet", row_group_size=20)
+    tree = {"model": {"name": deployed.plm, "max_length": 32}, "store": {"uri": deployed.store.uri}, "serving": {"replica_cpus": 0.5}}
+    settings, seen = parse_settings(tree), []
+    out = tmp_path / "out"
+    scored = score_table(settings, str(tmp_path / "rows.parquet"), str(out), lambda done, total: seen.append((done, total)))
+    assert (scored.rows, scored.personal, scored.skipped) == (60, sum(user in USERS for user, _ in rows), 0)
+    assert seen[0] == (0, 3) and seen[-1] == (3, 3)
+    first = pq.read_table(out).to_pylist()
+    with deployed.client() as client:
+        served = client.predict(rows[:30])
+    for row, answer in zip(first, served, strict=False):
+        assert (row["user_id"], row["label"], row["personalization"]) == (answer["user_id"], answer["label"], answer["personalization"])
+        assert np.allclose([row["scores"][name] for name in ("no", "perhaps", "yes")], scores(answer), atol=1e-5)
+    publish(deployed.store, deployed.plm, "g9", USERS, seed=9)
+    (out / "_done" / "00001.json").unlink()
+    (out / "part-00001-00000.parquet").unlink()
+    again = score_table(settings, str(tmp_path / "rows.parquet"), str(out))
+    deployed.store.activate("g1")
+    assert again.generation == scored.generation == "g1" and pq.read_table(out).to_pylist() == first
+    pq.write_table(pa.table(columns).slice(1), tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match="holds answers of other rows.*name a new directory"):
+        score_table(settings, str(tmp_path / "rows.parquet"), str(out))
