@@ -17,6 +17,7 @@ import typer
 from benchmarks.figures import Figure
 from benchmarks.made_generation import name_of, publish, texts_of
 from benchmarks.serve_forward import engine_vs_peft_adapter_names, engine_vs_plain_encoder
+from benchmarks.serve_http import http_vs_engine, http_vs_multiplexed_peft
 from benchmarks.serve_users import adaptation, resident_users, working_set_four_times_the_cache, zipf_100k_vs_5
 from plora_ray.adapters.inject import Kind
 from plora_ray.inference import InferenceEngine, load_generation
@@ -46,6 +47,8 @@ def main(
         ],
         "resident_million": lambda: resident_users(100_000 if quick else 1_000_000),
         "adaptation": lambda: adaptation(texts, users=64, rounds=some),
+        "http_vs_engine": lambda: http_vs_engine(texts, users=1000, asked=200 if quick else 1000, rounds=some),
+        "http_vs_multiplexed_peft": lambda: http_vs_multiplexed_peft(texts, users=1000, asked=64 if quick else 256, rounds=some),
     }
     for name in only or figures:
         if name not in figures:

@@ -26,10 +26,10 @@ CLIENTS = 8
 EXAMPLES = 8
 
 
-def ask(engine: InferenceEngine, users: list[str], texts: list[str]) -> None:
+def ask(engine: InferenceEngine, users: list[str], texts: list[str], *, clients: int = CLIENTS, request_rows: int = REQUEST_ROWS) -> None:
     """Requests of a few rows from several clients at once, until every user was asked for."""
     rows = [(user, texts[place % len(texts)]) for place, user in enumerate(users)]
-    requests = iter([rows[start : start + REQUEST_ROWS] for start in range(0, len(rows), REQUEST_ROWS)])
+    requests = iter([rows[start : start + request_rows] for start in range(0, len(rows), request_rows)])
     lock = threading.Lock()
 
     def client() -> None:
@@ -40,8 +40,8 @@ def ask(engine: InferenceEngine, users: list[str], texts: list[str]) -> None:
                 return
             engine.predict(request)
 
-    with ThreadPoolExecutor(CLIENTS) as clients:
-        for running in [clients.submit(client) for _ in range(CLIENTS)]:
+    with ThreadPoolExecutor(clients) as threads:
+        for running in [threads.submit(client) for _ in range(clients)]:
             running.result()
 
 
