@@ -169,8 +169,14 @@ class AdapterCache:
             if self._loading.get(key) is not done:
                 return  # evicted meanwhile: what was read may be older than the reason for it
             del self._loading[key]
-            if not done.cancelled() and done.exception() is None and done.result().failure is None:
-                self._keep(key, done.result())
+            if done.cancelled() or done.exception() is not None:
+                return
+            entry = done.result()
+            if entry.failure is None:
+                self._keep(key, entry)
+            elif entry.failure == "adapter_corrupt":  # an older adapter isn't what the user has
+                self._entries.pop(key, None)
+                self._pinned.pop(key, None)
 
     def _standing(self, key: bytes) -> Entry | None:
         return self._pinned.get(key) or self._entries.get(key)

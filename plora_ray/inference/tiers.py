@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 LOADED_AT_ONCE = 64  # in the background: a request's own load waits behind no more than these
 COMPLAINTS_KEPT = 1000
+LEAST_MEMORY_BYTES = 4 * 2**20  # for fresh adapters, where the array leaves less of the budget
 
 
 class Found(NamedTuple):
@@ -72,6 +73,7 @@ class TieredAdapters:
     def __init__(self, store: AdapterStore, reader: GenerationReader, options: CacheOptions, observer: EngineObserver) -> None:
         self._store, self._reader, self._observer, self._disk = store, reader, observer, options.disk
         self._complaints: set[str] = set()
+        self._unread: set[bytes] = set()  # users whose fresh object is known and couldn't be read
         self._stop = threading.Event()
         record_bytes = reader.manifest.width * 4
         resident_bytes = self._resident_bytes(options)
@@ -83,13 +85,14 @@ class TieredAdapters:
                 f"serving.cache_bytes is {options.budget_bytes:,}: raise it or name fewer"
             )
         follows = resident_bytes > 0 or options.disk is not None
+        memory_bytes = max(options.budget_bytes - resident_bytes, LEAST_MEMORY_BYTES) if resident_bytes else options.budget_bytes
         self._index = FreshIndex(store.fresh_tags) if follows else None
         self._memory = AdapterCache(
-            self._pull, budget_bytes=options.budget_bytes - resident_bytes, unknown_ttl_s=options.unknown_ttl_s, wait_s=options.wait_s,
+            self._pull, budget_bytes=memory_bytes, unknown_ttl_s=options.unknown_ttl_s, wait_s=options.wait_s,
             max_age_s=float("inf") if follows else options.max_age_s,  # with the index what is here is known to be new
             pinned=pinned, pinned_bytes=pinned_bytes, observer=observer,
         )  # fmt: skip
-        self._fitting = (options.budget_bytes - resident_bytes - pinned_bytes) // entry_bytes(record_bytes)
+        self._fitting = (memory_bytes - pinned_bytes) // entry_bytes(record_bytes)
         if options.disk is not None:
             options.disk.erase(store.tombstones())  # those who were erased while nobody was looking
         if self._index is not None:
@@ -162,8 +165,11 @@ class TieredAdapters:
         near = DiskRecords(self._disk, self._reader.generation) if self._disk is not None else None
         try:
             adapter = self._store.pull(self._reader, key, records=near, may_be_fresh=may_be_fresh)
-        except CorruptObjectError as error:
-            self._complain(str(error))
+        except StoreError as error:
+            if tag is not None:
+                self._unread.add(key)
+            if isinstance(error, CorruptObjectError):
+                self._complain(str(error))
             raise
         if near is not None and self._reader.erased_version(key) is not None:
             near.drop(key)  # erased while it was read
@@ -185,13 +191,16 @@ class TieredAdapters:
         """Keep what is in memory as new as the last listing, until closed."""
         while True:
             try:
-                self._load(islice(changed, self._fitting))
+                self._memory.evict(changed[self._fitting :])  # what doesn't fit is read when it is asked for
+                self._load(changed[: self._fitting])
             except EngineClosed:
                 return
             if self._stop.wait(period_s):
                 return
             try:
                 changed = index.refresh()
+                again, self._unread = self._unread, set()
+                changed += again
             except StoreError as error:  # what is here goes on serving
                 changed = []
                 self._complain(str(error))

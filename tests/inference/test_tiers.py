@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cluster.s3_server import S3Server
-from plora_ray.errors import ConfigError
+from plora_ray.errors import ConfigError, StoreError
 from plora_ray.inference import InferenceEngine, load_generation
 from plora_ray.inference.cache import entry_bytes
 from plora_ray.inference.disk_tier import DiskTier
@@ -134,6 +134,29 @@ def test_an_adapter_stored_elsewhere_replaces_a_resident_record_within_its_time_
     assert seen.pulled.acquire(timeout=10)
     found = engine.cache.find([adapter.key])[0]
     assert np.array_equal(found.record, adapter.record)  # type: ignore[arg-type]
+
+
+def test_a_fresh_adapter_that_could_not_be_read_is_read_again_and_the_older_one_serves_until_then(
+    store: AdapterStore, open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = fresh(store, USERS[5], 3.0), fresh(store, USERS[5], 4.0)
+    store.put_fresh(older)
+    engine, seen = open_engine(store, resident="on", max_age_s=0.1)
+    assert seen.pulled.acquire(timeout=10)
+    pull, failed, serving = engine.loaded.store.pull, threading.Event(), []
+
+    def fails_once(reader: object, key: bytes, **options: object) -> UserAdapter | None:
+        if not failed.is_set():
+            failed.set()
+            raise StoreError("away for a moment")
+        serving.append(engine.cache._memory._standing(key))
+        return pull(reader, key, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.loaded.store, "pull", fails_once)
+    store.put_fresh(newer)
+    assert failed.wait(10) and seen.pulled.acquire(timeout=10)
+    assert serving[0].adapter.version == older.version
+    assert np.array_equal(engine.cache.find([newer.key])[0].record, newer.record)  # type: ignore[arg-type]
 
 
 def test_a_fresh_adapter_older_than_the_generation_is_read_once_and_the_resident_record_serves(
