@@ -46,8 +46,8 @@ class _Row:
 class Batcher:
     """Futures of logits [outputs] for single rows, computed in batches.
 
-    max_tokens bounds rows x longest row of a batch, max_rows its rows, max_queued the rows waiting. worth_tokens: up to so many
-    padded tokens a batch takes rows of any length.
+    max_tokens bounds rows x longest row of a batch, max_rows its rows, max_queued the rows waiting. pass_tokens: what a pass
+    costs beyond its tokens, in tokens; padding up to it is cheaper than one more pass.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Batcher:
         max_rows: int,
         wait_s: float,
         max_queued: int,
-        worth_tokens: int = 0,
+        pass_tokens: int = 0,
         observer: EngineObserver | None = None,
     ) -> None:
-        self._forward, self._observer, self._worth_tokens = forward, observer or EngineObserver(), worth_tokens
+        self._forward, self._observer, self._pass_tokens = forward, observer or EngineObserver(), pass_tokens
         self._max_tokens, self._max_rows, self._wait_s, self._max_queued = max_tokens, max_rows, wait_s, max_queued
         self._rows: deque[_Row] = deque()
         self._changed = threading.Condition()
@@ -126,7 +126,7 @@ class Batcher:
         near = [self._rows.popleft() for _ in range(min(len(self._rows), CHOSEN_FROM * self._max_rows))]
         wanted = len(near[0].ids)
         order = sorted(range(1, len(near)), key=lambda place: abs(len(near[place].ids) - wanted))  # stable: older rows first
-        chosen, longest = {0}, wanted
+        chosen, tokens, longest = {0}, wanted, wanted
         for place in order:
             length = len(near[place].ids)
             padded = max(longest, length) * (len(chosen) + 1)
@@ -134,10 +134,10 @@ class Batcher:
                 break
             # What this row adds to the pass, its own padding and that of the others: much more than its tokens, and it had better wait.
             costly = padded - longest * len(chosen) > length / LEAST_FILL
-            if padded > self._max_tokens or (costly and padded > self._worth_tokens):
+            if padded > self._max_tokens or (costly and padded - tokens - length > self._pass_tokens):
                 continue
             chosen.add(place)
-            longest = max(longest, length)
+            tokens, longest = tokens + length, max(longest, length)
         self._rows.extendleft(row for place, row in reversed(list(enumerate(near))) if place not in chosen)
         return [row for place, row in enumerate(near) if place in chosen]
 

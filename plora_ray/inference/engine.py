@@ -25,9 +25,9 @@ from plora_ray.store import UserAdapter
 
 Personalization = Literal["adapter", "population"]
 
-# Tokens below which a pass costs about what one row costs: up to here a batch takes rows of any length. Measured on two CPU
-# cores (MiniLM); a GPU fills up much later.
-WORTH_TOKENS = {"cpu": 256, "cuda": 8192}
+# What a pass costs beyond its tokens, in tokens. On a CPU core 4 ms beside 0.23 ms a token (MiniLM, 1 x 8 to 32 x 64 tokens); on a
+# GPU, where small passes are bound by their launches, an estimate.
+PASS_TOKENS = {"cpu": 20, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class InferenceEngine:
         self._model: Callable[..., Tensor] = torch.compile(loaded.model, dynamic=True) if compiled else loaded.model
         self._batcher = Batcher(
             self._forward, max_tokens=batch_tokens, max_rows=batch_rows, wait_s=wait_s, max_queued=queued_texts,
-            worth_tokens=WORTH_TOKENS[self._device.type], observer=self._observer,
+            pass_tokens=PASS_TOKENS[self._device.type], observer=self._observer,
         )  # fmt: skip
 
     @property

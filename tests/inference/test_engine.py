@@ -238,7 +238,7 @@ def test_batches_are_bounded_in_padded_tokens_and_every_row_gets_its_own_result(
 def test_rows_of_like_lengths_share_a_batch_and_the_oldest_row_is_in_the_first() -> None:
     sizes: list[tuple[int, int]] = []
     gate = threading.Event()
-    batcher = batcher_of(sizes, gate, max_tokens=1000, worth_tokens=20)
+    batcher = batcher_of(sizes, gate, max_tokens=1000, pass_tokens=20)
     blocker = batcher.submit([([1], None)])
     while batcher._rows:  # it holds the model while the others queue up
         pass
@@ -267,10 +267,10 @@ def test_a_long_row_among_a_stream_of_short_ones_waits_for_no_more_than_one_batc
     assert sizes.index((1, 90)) == 2, "after the blocker and the batch of the rows before it"
 
 
-def test_a_batch_too_small_to_be_worth_a_pass_of_its_own_takes_any_lengths() -> None:
+def test_padding_that_costs_less_than_one_more_pass_is_taken() -> None:
     sizes: list[tuple[int, int]] = []
     gate = threading.Event()
-    batcher = batcher_of(sizes, gate, max_tokens=1000, worth_tokens=40)
+    batcher = batcher_of(sizes, gate, max_tokens=1000, pass_tokens=40)
     blocker = batcher.submit([([1], None)])
     while batcher._rows:
         pass
