@@ -6,6 +6,7 @@ Servers are processes of their own with one CPU for the model; requests come fro
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -154,4 +155,8 @@ def _running(command: list[str], ready: str, log: Path) -> Iterator[None]:
         yield
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # a session of its own, so nobody else's
+            process.wait()
