@@ -228,6 +228,11 @@ class AdapterStore:
             return self._puller.settle(reader, plan, found, None)
         return await asyncio.to_thread(self._puller.settle, reader, plan, found, None)  # may have to read the key shard as a whole
 
+    def fresh_tags(self) -> dict[bytes, str]:
+        """Every user with a fresh object, erased ones included, and a tag that changes when it is replaced. One listing."""
+        listed = ((names.fresh_key(item.path), item.tag) for item in self.objects.list(names.FRESH))
+        return {key: tag for key, tag in listed if key is not None}
+
     def erase(self, key: bytes) -> str:
         """Erase the user for good: no segment's record of this key is served again, and no adapter fitted before now.
 
