@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 FITS_AT_ONCE = 64
 FIT_WAIT_S = 0.01
+DRAIN_POLL_S = 0.5
+DRAIN_MARGIN_S = 5.0
 
 
 def _use_cpus(cpus: float) -> None:
@@ -84,8 +86,10 @@ def build(args: dict[str, Any]) -> serve.Application:
     resources = {"num_cpus": serving.replica_cpus, "num_gpus": serving.replica_gpus}
     personalizer = Personalizer.options(ray_actor_options=resources).bind(settings.model_dump(mode="json"))  # type: ignore[attr-defined]
     predictor = _predictor(settings).options(
-        num_replicas=serving.replicas, max_ongoing_requests=serving.limits.queued_texts, ray_actor_options=resources
-    )
+        num_replicas=serving.replicas, max_ongoing_requests=serving.limits.queued_texts, ray_actor_options=resources,
+        # A replica that goes takes nothing new, and ends what it has: no request may take longer.
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S, graceful_shutdown_timeout_s=serving.request_timeout_s + DRAIN_MARGIN_S,
+    )  # fmt: skip
     application: serve.Application = predictor.bind(personalizer)
     return application
 

@@ -210,6 +210,20 @@ def generations_activate(generation: str, config: ConfigOption, overrides: SetOp
     typer.echo(f"{generation} serves")
 
 
+@generations_app.command("canary")
+@reports_errors
+def generations_canary(
+    generation: str,
+    config: ConfigOption,
+    share: Annotated[float, typer.Option(help="Of all users, from 0 to 1; 0 ends the canary.")],
+    overrides: SetOption = None,
+) -> None:
+    """Let a published generation answer for a share of the users, beside the current one. Running replicas follow within seconds."""
+    store = _store(_settings(config, overrides))
+    store.set_canary(generation, share)
+    typer.echo(f"{generation} serves {share:.1%} of the users" if share else f"{store.current()} serves everybody")
+
+
 @generations_app.command("compact")
 @reports_errors
 def generations_compact(config: ConfigOption, overrides: SetOption = None) -> None:
