@@ -6,7 +6,7 @@ Annotations here are evaluated at once (no postponed evaluation): FastAPI reads 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.auth import Principal
@@ -56,6 +56,7 @@ def open_inference_routes(settings: ServingSettings, service: Callable[[], Predi
     """Routes under /v2."""
     router = APIRouter(prefix="/v2", tags=["open inference protocol"], responses=documented(413))
     Caller = Annotated[Principal, Depends(doors.paced_caller)]
+    Name = Annotated[str, Path(json_schema_extra={"enum": [settings.model_name]})]
 
     def known(name: str) -> None:
         if name != settings.model_name:
@@ -76,7 +77,7 @@ def open_inference_routes(settings: ServingSettings, service: Callable[[], Predi
         return {"ready": True}
 
     @router.get("/models/{name}", responses=documented(404, 422))
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: Name) -> dict[str, Any]:
         known(name)
         tensor = {"datatype": "BYTES", "shape": [-1]}
         return {
@@ -92,7 +93,7 @@ def open_inference_routes(settings: ServingSettings, service: Callable[[], Predi
         }
 
     @router.get("/models/{name}/ready", responses=documented(404, 422, 503))
-    async def model_ready(name: str) -> dict[str, Any]:
+    async def model_ready(name: Name) -> dict[str, Any]:
         known(name)
         if not service().ready:
             raise Problem(503, "no generation is loaded yet")
@@ -100,7 +101,7 @@ def open_inference_routes(settings: ServingSettings, service: Callable[[], Predi
 
     @router.post("/models/{name}/infer", dependencies=doors.described, responses=documented(400, 401, 403, 404, 422, 429, 503))
     async def infer(
-        name: str, body: InferRequest, who: Caller, at_least: Annotated[str, Depends(doors.at_least)],
+        name: Name, body: InferRequest, who: Caller, at_least: Annotated[str, Depends(doors.at_least)],
         timeout_s: Annotated[float | None, Depends(doors.timeout_s)],
     ) -> dict[str, Any]:  # fmt: skip
         known(name)

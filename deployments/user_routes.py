@@ -96,7 +96,7 @@ def user_routes(settings: ServingSettings, service: Callable[[], PredictionServi
             updated_at=adapter.updated_at,
         )
 
-    @router.delete("/users/{user_id:path}", status_code=204)
+    @router.delete("/users/{user_id:path}", status_code=204, responses=documented(404))  # of a path without an id
     async def erase(user_id: User, who: Caller) -> None:
         with doors.audited("erase", who, user_id=user_id):
             who.require("erase", [user_id])
