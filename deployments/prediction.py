@@ -20,6 +20,7 @@ from plora_ray.inference.batcher import EngineClosed
 from plora_ray.inference.engine import PendingAnswers
 from plora_ray.store import UserAdapter
 from plora_ray.store.adapter_store import GenerationInfo
+from plora_ray.store.shared import encode_shared
 
 SUBMIT_THREADS = 64
 Fit = Callable[[FitRequest], Awaitable[FitResult]]
@@ -59,6 +60,10 @@ class PredictionService:
         """The generations that answer. Raises StoreError before there is one."""
         return self._current.get()
 
+    def serving_user(self, user_id: str) -> Served[InferenceEngine]:
+        """The generation that answers this user. Raises StoreError before one is loaded."""
+        return self._current.get().for_users([self._current.store.key(user_id)])
+
     @property
     def hash_secret(self) -> bytes:
         """What keys the hashes of users. Raises StoreError while the store can't be opened."""
@@ -90,7 +95,7 @@ class PredictionService:
         timeout_s: the caller's own; an adapter that is finished later may be stored all the same. Raises TimeoutError.
         """
         began = time.monotonic()
-        served = self._serving_user(user_id)
+        served = self.serving_user(user_id)
         canonical = [self._label(served.loaded, place, label) for place, label in enumerate(labels)]
         async with asyncio.timeout(timeout_s):
             result = await self._fit(FitRequest(served.loaded.store.key(user_id), list(texts), canonical))
@@ -108,7 +113,7 @@ class PredictionService:
 
         Raises as `store_brought`.
         """
-        loaded = self._serving_user(user_id).loaded
+        loaded = self.serving_user(user_id).loaded
         farthest = self.settings.serving.limits.adapter_norm
         adapter = await asyncio.to_thread(store_brought, loaded, loaded.store.key(user_id), brought, farthest)
         self._admit(adapter)
@@ -116,7 +121,7 @@ class PredictionService:
 
     async def user(self, user_id: str) -> UserAdapter | None:
         """The adapter that answers for this user, read from the store; None if the population does."""
-        loaded = self._serving_user(user_id).loaded
+        loaded = self.serving_user(user_id).loaded
         return await asyncio.to_thread(lambda: loaded.store.pull(loaded.reader, loaded.store.key(user_id)))
 
     async def erase(self, user_id: str) -> None:
@@ -131,6 +136,14 @@ class PredictionService:
     async def generations(self) -> list[GenerationInfo]:
         """Published generations, oldest first."""
         return await asyncio.to_thread(lambda: self._current.store.generations())
+
+    async def shared(self, generation: str) -> tuple[str, bytes]:
+        """A serving generation's basis and its shared.safetensors. Raises Problem 404 if it doesn't serve here."""
+        for served in self._current.get().all:
+            if served.name == generation:
+                weights = served.loaded.reader.shared()
+                return served.loaded.reader.basis, await asyncio.to_thread(encode_shared, weights.tensors, weights.metadata)
+        raise Problem(404, "no generation of this id serves here")
 
     async def activate(self, generation: str) -> None:
         """Make a published generation serve; returns when this replica does. Raises Problem 404 if there is none of this id."""
@@ -155,9 +168,6 @@ class PredictionService:
             queued_texts=serving.limits.queued_texts, cache_bytes=serving.cache_bytes, max_age_s=serving.adapter_max_age_s,
             unknown_ttl_s=serving.unknown_user_ttl_s,
         )  # fmt: skip
-
-    def _serving_user(self, user_id: str) -> Served[InferenceEngine]:
-        return self._current.get().for_users([self._current.store.key(user_id)])
 
     def _admit(self, adapter: UserAdapter) -> None:
         for served in self._current.get().all:

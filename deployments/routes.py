@@ -15,6 +15,7 @@ from deployments.open_inference import open_inference_routes
 from deployments.prediction import PredictionService
 from deployments.problems import Problem, documented
 from deployments.schemas import CanaryInfo, Health, Readiness
+from deployments.shared_routes import shared_routes
 from deployments.user_routes import user_routes
 from plora_ray.config import ServingSettings
 
@@ -29,6 +30,7 @@ def create_api(settings: ServingSettings, service: ServiceProvider) -> FastAPI:
     api.add_middleware(BodyLimit, max_bytes=settings.limits.body_bytes)
     api.include_router(_health_routes(service))
     api.include_router(user_routes(settings, service, doors))
+    api.include_router(shared_routes(settings, service, doors))
     api.include_router(generation_routes(service, doors))
     api.include_router(open_inference_routes(settings, service, doors))
     return api

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
@@ -97,6 +97,19 @@ class BroughtResponse(BaseModel):
 
     user_id: str
     generation: str
+
+
+class SharedDescription(BaseModel):
+    """What a device needs to fit an adapter of its own, beside the shared parameters: the generation that answers this user.
+
+    basis: SHA-256 of the shared parameters. model: name and SHA-256 of the weights of the PLM. adapter_config: as in the manifest.
+    """
+
+    generation: str
+    kind: str
+    basis: str
+    model: dict[str, str]
+    adapter_config: dict[str, Any]
 
 
 class UserResponse(BaseModel):

@@ -108,6 +108,10 @@ def _user_url(user_id: str) -> str:
     return f"/v1/users/{quote(user_id, safe='')}"
 
 
+def _shared_url(description: Mapping[str, Any]) -> str:
+    return f"/v1/generations/{quote(description['generation'], safe='')}/shared"
+
+
 def _checked(response: httpx.Response) -> httpx.Response:
     if response.is_error:
         raise RequestFailed(response)
@@ -152,6 +156,11 @@ class Client:
         response = self._send(self._requests.put_adapter(user_id, record, basis))
         self._requests.remember(user_id, response)
         return dict(response.json())
+
+    def shared(self, user_id: str) -> tuple[dict[str, Any], bytes]:
+        """What a device needs to fit this user's adapter itself: description and shared parameters, for `open_shared`."""
+        description = dict(self._send(self._requests.plain("GET", f"/v1/shared/{quote(user_id, safe='')}")).json())
+        return description, self._send(self._requests.plain("GET", _shared_url(description))).content
 
     def user(self, user_id: str) -> dict[str, Any]:
         """What the server knows of a user's adapter; RequestFailed 404 if there is none."""
@@ -220,6 +229,11 @@ class AsyncClient:
         response = await self._send(self._requests.put_adapter(user_id, record, basis))
         self._requests.remember(user_id, response)
         return dict(response.json())
+
+    async def shared(self, user_id: str) -> tuple[dict[str, Any], bytes]:
+        """What a device needs to fit this user's adapter itself: description and shared parameters, for `open_shared`."""
+        description = dict((await self._send(self._requests.plain("GET", f"/v1/shared/{quote(user_id, safe='')}"))).json())
+        return description, (await self._send(self._requests.plain("GET", _shared_url(description)))).content
 
     async def user(self, user_id: str) -> dict[str, Any]:
         """What the server knows of a user's adapter; RequestFailed 404 if there is none."""

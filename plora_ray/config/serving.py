@@ -73,7 +73,8 @@ class ServingSettings(Section):
 
     refresh_s: how often a replica looks for a new generation and for erased users. adapter_max_age_s: after this long a cached
     adapter is compared with the store again, which bounds how late a replica follows adaptations made elsewhere.
-    model_name: what the Open Inference Protocol calls the model.
+    model_name: what the Open Inference Protocol calls the model. give_shared: whether callers with scope adapt may read the shared
+    parameters, to fit adapters themselves.
     """
 
     replicas: int = Field(1, ge=1)
@@ -91,6 +92,7 @@ class ServingSettings(Section):
     refresh_s: float = Field(1.0, gt=0)
     model_name: str = Field("plora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     request_timeout_s: float = Field(30.0, gt=0)
+    give_shared: bool = False
     limits: LimitSettings = LimitSettings()
     auth: AuthSettings = AuthSettings()
     audit: AuditSettings = AuditSettings()

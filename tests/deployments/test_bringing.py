@@ -13,7 +13,9 @@ import pytest
 from safetensors.numpy import save
 
 from plora_ray.client import Client
+from plora_ray.errors import CorruptObjectError
 from plora_ray.inference import Examples, FewShotFitter
+from plora_ray.inference.on_device import open_shared
 from plora_ray.store import AdapterStore
 from tests.deployments.in_process import Application, application, ask, scores
 from tests.generations import DIM, publish
@@ -25,7 +27,7 @@ TEXTS, LABELS = ["lovely", "dull", "fine, I guess"], ["yes", "no", "perhaps"]
 def app(tiny_plm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
     store = AdapterStore(str(tmp_path_factory.mktemp("bringing") / "store"))
     publish(store, tiny_plm, "g1", ["ann"])
-    with application(store, tiny_plm, {"limits": {"adapter_norm": 2.0}}) as app:
+    with application(store, tiny_plm, {"limits": {"adapter_norm": 2.0}, "give_shared": True}) as app:
         yield app
 
 
@@ -41,15 +43,31 @@ def bring(app: Application, body: bytes, user: str = "device") -> Any:
 def test_an_adapter_fitted_elsewhere_answers_as_one_fitted_here_from_the_same_examples(app: Application, basis: str) -> None:
     examples = {"examples": [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS, strict=True)]}
     assert app.http.put("/v1/users/here/examples", json=examples).status_code == 200
-    loaded = app.fits._current.get().current.loaded
-    fit = FewShotFitter(loaded).fit_many([Examples(TEXTS, LABELS)])[0]
     client = Client("http://testserver")
     client._http = app.http  # the same calls, into this process
+    on_device = open_shared(*client.shared("device"))
+    assert list(on_device.reader.keys()) == [] and on_device.reader.basis == basis
+    fit = FewShotFitter(on_device).fit_many([Examples(TEXTS, LABELS)])[0]
     assert client.put_adapter("device", fit.vector, basis) == {"user_id": "device", "generation": "g1"}
     assert client.predict([("device", "so so")])[0]["personalization"] == "adapter"
     assert np.allclose(scores(ask(app, [("device", "so so")])), scores(ask(app, [("here", "so so")])), atol=1e-6)
     assert scores(ask(app, [("device", "so so")])) != scores(ask(app, [("nobody", "so so")]))
     assert client.user("device")["examples"] == 0
+
+
+def test_shared_parameters_are_handed_out_only_where_the_operator_says_so_and_a_damaged_copy_is_noticed(
+    app: Application, tiny_plm: str, tmp_path: Path
+) -> None:
+    client = Client("http://testserver")
+    client._http = app.http
+    description, shared = client.shared("device")
+    with pytest.raises(CorruptObjectError, match="fetch them again"):
+        open_shared(description, shared[:-1] + b"?")
+    assert app.http.get("/v1/generations/g9/shared").status_code == app.http.get("/v1/generations/..%2Fg1/shared").status_code == 404
+    store = AdapterStore(str(tmp_path / "store"))
+    publish(store, tiny_plm, "g1", ["ann"])
+    with application(store, tiny_plm, {}) as closed:
+        assert closed.http.get("/v1/shared/device").status_code == closed.http.get("/v1/generations/g1/shared").status_code == 403
 
 
 def body(basis: str, **changes: Any) -> bytes:
