@@ -18,7 +18,6 @@ import httpx
 import psutil
 
 from cluster.node_process import free_port
-from plora_ray.client import Client
 
 READY_WITHIN_S = 120.0
 
@@ -125,7 +124,3 @@ class Load:
                 kinds = "/".join({row["personalization"] for row in rows})
                 names = frozenset(row["generation"] for row in rows)
                 self.sent.append(Sent(user, began, time.monotonic(), answer.status_code, kinds, names))
-
-
-def client(server: Server) -> Client:
-    return Client(server.url, timeout_s=30)
