@@ -183,9 +183,12 @@ def users_export(
 @reports_errors
 def generations_list(config: ConfigOption, overrides: SetOption = None) -> None:
     """All published generations, oldest first."""
-    for info in _store(_settings(config, overrides)).generations():
+    store = _store(_settings(config, overrides))
+    canary = store.canary()
+    for info in store.generations():
         mark = "*" if info.is_current else " "
-        typer.echo(f"{mark} {info.generation}  {info.created_at}  {info.users:,} users  {info.examples:,} examples  {info.model}")
+        tried = f"  canary {canary.share:.1%}" if canary is not None and canary.generation == info.generation else ""
+        typer.echo(f"{mark} {info.generation}  {info.created_at}  {info.users:,} users  {info.examples:,} examples  {info.model}{tried}")
 
 
 @generations_app.command("show")

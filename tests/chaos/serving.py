@@ -119,6 +119,7 @@ class Load:
                     answer = http.post("/v1/predict", json=body, headers={"X-User-Id": user})
                 except httpx.TransportError:
                     self.sent.append(Sent(user, began, time.monotonic(), 0))
+                    self._stop.wait(0.05)
                     continue
                 rows = answer.json()["predictions"] if answer.status_code == 200 else []
                 kinds = "/".join({row["personalization"] for row in rows})

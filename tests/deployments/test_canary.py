@@ -62,6 +62,8 @@ def test_a_share_of_the_users_known_or_not_is_answered_by_the_canary_until_it_en
     assert {item["generation"]: (item["serving"], item["current"], item.get("share")) for item in listed} == {
         "g1": (True, True, None), "g2": (True, False, 0.5),
     }  # fmt: skip
+    shown = CliRunner().invoke(commands, ["generations", "list", "--config", str(tmp_path / "settings.yaml")]).output.splitlines()
+    assert ["canary 50.0%" in line for line in shown] == [line.split()[0] == "g2" for line in shown] and len(shown) == 2
     assert "serves everybody" in canary(store, app, tmp_path, "0") and "canary" not in app.http.get("/readyz").json()
     assert {user: scores(ask(app, [(user, "x")])) for user in plain} == plain
 
