@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from plora_ray.config import AuthSettings
 Scope = Literal["predict", "adapt", "erase", "admin"]
 
 LEEWAY_S = 10
+KEY_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Authenticator:
     def __init__(self, settings: AuthSettings) -> None:
         self._settings = settings
         self._keys = token_keys(settings) if settings.algorithm else None
+        # Threads of their own: kids are made up by anyone, and waiting for an issuer mustn't keep the store's calls from running.
+        self._threads = ThreadPoolExecutor(KEY_THREADS, thread_name_prefix="token-keys")
 
     @property
     def enabled(self) -> bool:
@@ -66,7 +70,9 @@ class Authenticator:
             header = jwt.get_unverified_header(token.strip())
             if header.get("alg") != self._settings.algorithm:  # before a key is looked for, which costs more
                 raise unauthorized(f"the bearer token is not valid: it must be signed with {self._settings.algorithm}")
-            key = self._keys.at_hand(header) or await asyncio.to_thread(self._keys.key, header)
+            key = self._keys.at_hand(header)
+            if key is None:
+                key = await asyncio.get_running_loop().run_in_executor(self._threads, self._keys.key, header)
             return _principal(self._claims(token.strip(), key))
         except jwt.PyJWTError as error:
             raise unauthorized(f"the bearer token is not valid: {error}") from None
