@@ -119,6 +119,8 @@ def test_a_request_past_its_callers_deadline_is_answered_503_and_its_rows_are_ne
         go.set()
         assert first.result().status_code == 200 and ask(app, [("ann", "z")]).status_code == 200
         assert batches == [1, 1]
+        hurried = {"X-Request-Timeout-Seconds": "0.001"}
+        assert app.http.put("/v1/users/ann/examples", json=EXAMPLES, headers=hurried).status_code == 503
         for bad in ("0", "-1", "nan", "inf", "soon"):
             assert ask(app, [("ann", "x")], {"X-Request-Timeout-Seconds": bad}).status_code == 422
 
