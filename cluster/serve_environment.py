@@ -1,4 +1,4 @@
-"""Environment variables that put Ray Serve behind HAProxy, with the reason for each.
+"""Environment variables that put Ray Serve behind HAProxy, or keep users on their replica without it, with the reason for each.
 
 Ray reads them when a process starts, so they must stand in the environment of every node, head and workers, and of the
 driver before any Ray process exists. This file knows their names and values; it starts nothing.
@@ -27,6 +27,11 @@ def haproxy_environment() -> dict[str, str]:
             f"hdr({USER_HEADER})\n    hash-type consistent\n    hash-balance-factor {BALANCE_FACTOR_PERCENT}"
         ),
     }
+
+
+def plain_environment() -> dict[str, str]:
+    """Variables for Ray Serve's own proxy: the header by which ConsistentHashRouter keeps a user on one replica."""
+    return {"RAY_SERVE_SESSION_ID_HEADER_KEY": USER_HEADER}
 
 
 def haproxy_files(directory: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from deployments.auth import Authenticator
@@ -25,6 +26,10 @@ log = logging.getLogger(__name__)
 
 FITS_AT_ONCE = 64
 FIT_WAIT_S = 0.01
+DRAIN_POLL_S = 0.5
+DRAIN_MARGIN_S = 5.0
+# Where HAProxy doesn't: a user's requests go to one replica, by the header that cluster/serve_environment.py names.
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 def _use_cpus(cpus: float) -> None:
@@ -92,8 +97,11 @@ def build(args: dict[str, Any]) -> serve.Application:
     resources = {"num_cpus": serving.replica_cpus, "num_gpus": serving.replica_gpus}
     personalizer = Personalizer.options(ray_actor_options=resources).bind(settings.model_dump(mode="json"))  # type: ignore[attr-defined]
     predictor = _predictor(settings).options(
-        num_replicas=serving.replicas, max_ongoing_requests=serving.limits.queued_texts, ray_actor_options=resources
-    )
+        num_replicas=serving.replicas, max_ongoing_requests=serving.limits.queued_texts, ray_actor_options=resources,
+        # A replica that goes takes nothing new, and ends what it has: no request may take longer.
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S, graceful_shutdown_timeout_s=serving.request_timeout_s + DRAIN_MARGIN_S,
+        **({"request_router_config": RequestRouterConfig(request_router_class=ROUTER)} if serving.proxy == "serve" else {}),
+    )  # fmt: skip
     application: serve.Application = predictor.bind(personalizer)
     return application
 

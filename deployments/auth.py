@@ -6,29 +6,31 @@ admin, as a space-separated `scope` claim or a `scopes` list.
 
 from __future__ import annotations
 
-import os
+import asyncio
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jwt
 
 from deployments.problems import Problem
+from deployments.token_keys import token_keys, unauthorized
 from plora_ray.config import AuthSettings
-from plora_ray.errors import ConfigError
 
 Scope = Literal["predict", "adapt", "erase", "admin"]
 
-SHORTEST_HMAC_KEY_BYTES = 32  # RFC 7518, 3.2: at least as long as the hash
 LEEWAY_S = 10
+KEY_THREADS = 2
 
 
 @dataclass(frozen=True)
 class Principal:
-    """A verified caller. user: the only user id it may act for; None for any."""
+    """A verified caller. subject: the token's `sub`, None without authentication. user: the only user id it may act for; None for any."""
 
     scopes: frozenset[str]
     user: str | None
+    subject: str | None = None
 
     def require(self, scope: Scope, users: Iterable[str] = ()) -> None:
         """Raises Problem 403 unless the caller has `scope` and may act for all of `users`."""
@@ -44,55 +46,48 @@ ANYONE = Principal(frozenset({"predict", "adapt", "erase", "admin"}), None)
 class Authenticator:
     """Verifies tokens by the settings; with authentication off, everyone may do everything.
 
-    Raises ConfigError if the key is missing or too short.
+    Raises ConfigError if the key is missing, too short or of the wrong type.
     """
 
     def __init__(self, settings: AuthSettings) -> None:
         self._settings = settings
-        self._key = _read_key(settings) if settings.algorithm else ""
+        self._keys = token_keys(settings) if settings.algorithm else None
+        # Threads of their own: kids are made up by anyone, and waiting for an issuer mustn't keep the store's calls from running.
+        self._threads = ThreadPoolExecutor(KEY_THREADS, thread_name_prefix="token-keys")
 
     @property
     def enabled(self) -> bool:
-        return self._settings.algorithm is not None
+        return self._keys is not None
 
-    def authenticate(self, authorization: str | None) -> Principal:
-        """The caller behind an Authorization header. Raises Problem 401."""
-        if self._settings.algorithm is None:
+    async def authenticate(self, authorization: str | None) -> Principal:
+        """The caller behind an Authorization header. Raises Problem 401, or 503 while the issuer's keys can't be had."""
+        if self._keys is None:
             return ANYONE
         kind, _, token = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not token.strip():
-            raise _unauthorized("send a bearer token in the Authorization header")
-        required = ["exp", "sub"] + (["iss"] if self._settings.issuer else []) + (["aud"] if self._settings.audience else [])
+            raise unauthorized("send a bearer token in the Authorization header")
         try:
-            claims = jwt.decode(
-                token.strip(), self._key, algorithms=[self._settings.algorithm], issuer=self._settings.issuer,
-                audience=self._settings.audience, leeway=LEEWAY_S, options={"require": required},
-            )  # fmt: skip
+            header = jwt.get_unverified_header(token.strip())
+            if header.get("alg") != self._settings.algorithm:  # before a key is looked for, which costs more
+                raise unauthorized(f"the bearer token is not valid: it must be signed with {self._settings.algorithm}")
+            key = self._keys.at_hand(header)
+            if key is None:
+                key = await asyncio.get_running_loop().run_in_executor(self._threads, self._keys.key, header)
+            return _principal(self._claims(token.strip(), key))
         except jwt.PyJWTError as error:
-            raise _unauthorized(f"the bearer token is not valid: {error}") from None
-        return _principal(claims)
+            raise unauthorized(f"the bearer token is not valid: {error}") from None
+
+    def _claims(self, token: str, key: Any) -> dict[str, Any]:
+        settings = self._settings
+        required = ["exp", "sub"] + (["iss"] if settings.issuer else []) + (["aud"] if settings.audience else [])
+        return jwt.decode(
+            token, key, algorithms=[str(settings.algorithm)], issuer=settings.issuer, audience=settings.audience, leeway=LEEWAY_S,
+            options={"require": required},
+        )  # fmt: skip
 
 
 def _principal(claims: dict[str, Any]) -> Principal:
     scope, listed = claims.get("scope", ""), claims.get("scopes", [])
     names = (scope.split() if isinstance(scope, str) else []) + (listed if isinstance(listed, list) else [])
-    return Principal(frozenset(str(name) for name in names), None if claims.get("users") == "*" else str(claims["sub"]))
-
-
-def _read_key(settings: AuthSettings) -> str:
-    if settings.key_file is not None:
-        try:
-            key = settings.key_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise ConfigError(f"serving.auth.key_file {settings.key_file} can't be read: {error.strerror}") from error
-    else:
-        key = os.environ.get(settings.key_env, "")
-    if not key:
-        raise ConfigError(f"serving.auth is on: put the verification key in the environment variable {settings.key_env} or name a key_file")
-    if settings.algorithm == "HS256" and len(key.encode()) < SHORTEST_HMAC_KEY_BYTES:
-        raise ConfigError(f"the HS256 key has {len(key.encode())} bytes; use at least {SHORTEST_HMAC_KEY_BYTES} random ones")
-    return key
-
-
-def _unauthorized(detail: str) -> Problem:
-    return Problem(401, detail, headers={"WWW-Authenticate": "Bearer"})
+    subject = str(claims["sub"])
+    return Principal(frozenset(str(name) for name in names), None if claims.get("users") == "*" else subject, subject)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deployments.engines import CurrentGeneration
+from deployments.engines import CurrentGeneration, Served
 from plora_ray.config import Settings
 from plora_ray.errors import PloraError
 from plora_ray.inference import Examples, FewShotFitter, LoadedGeneration
@@ -34,7 +35,7 @@ class FitResult:
 
 
 class FittingService:
-    """Fits users on the current generation."""
+    """Fits users, each on the generation that answers that user."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -42,23 +43,36 @@ class FittingService:
 
     def fit(self, requests: Sequence[FitRequest]) -> list[FitResult]:
         """Fit all users together and store each adapter. One user's failure is that user's alone. Blocks."""
-        loaded, fitter = self._current.get()
-        # Before the fit: an erasure that arrives while it runs must win.
-        erased = loaded.store.tombstones()
-        try:
-            fits = self._fit(loaded, fitter, requests, erased)
-        except PloraError as error:
-            if len(requests) == 1:
-                return [FitResult(None, error=error)]
-            return [result for request in requests for result in self.fit([request])]
-        return [self._store(loaded, request, erased.get(request.key), fit) for request, fit in zip(requests, fits, strict=True)]
+        serving = self._current.get()
+        together: dict[str, list[int]] = defaultdict(list)
+        for place, request in enumerate(requests):
+            together[serving.for_users([request.key]).name].append(place)
+        results: dict[int, FitResult] = {}
+        for served in serving.all:
+            places = together[served.name]
+            fitted = self._fit_on(served, [requests[place] for place in places])
+            results.update(zip(places, fitted, strict=True))
+        return [results[place] for place in range(len(requests))]
 
     def close(self) -> None:
         """Stop following the store."""
         self._current.close()
 
     def _build(self, loaded: LoadedGeneration) -> FewShotFitter:
-        return FewShotFitter(loaded, batch_tokens=self._settings.serving.batch_tokens, batch_rows=self._settings.serving.batch_rows)
+        serving = self._settings.serving
+        return FewShotFitter(loaded, batch_tokens=serving.batch_tokens, batch_rows=serving.batch_rows, farthest=serving.limits.adapter_norm)
+
+    def _fit_on(self, served: Served[FewShotFitter], requests: Sequence[FitRequest]) -> list[FitResult]:
+        loaded, fitter = served.loaded, served.built
+        # Before the fit: an erasure that arrives while it runs must win.
+        erased = loaded.store.tombstones() if requests else {}
+        try:
+            fits = self._fit(loaded, fitter, requests, erased)
+        except PloraError as error:
+            if len(requests) == 1:
+                return [FitResult(None, error=error)]
+            return [result for request in requests for result in self._fit_on(served, [request])]
+        return [self._store(loaded, request, erased.get(request.key), fit) for request, fit in zip(requests, fits, strict=True)]
 
     def _fit(
         self, loaded: LoadedGeneration, fitter: FewShotFitter, requests: Sequence[FitRequest], erased: Mapping[bytes, str]

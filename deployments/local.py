@@ -32,9 +32,11 @@ def serve_until_interrupted(settings: Settings, port: int) -> None:
     stop = threading.Event()
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_READY_WITHIN_S))
     # Ray and Serve read these when they are imported, so both are imported after it.
-    if settings.serving.proxy == "haproxy":
-        from cluster.serve_environment import haproxy_environment, haproxy_files
+    from cluster.serve_environment import haproxy_environment, haproxy_files, plain_environment
 
+    if settings.serving.proxy == "serve":
+        os.environ.update(plain_environment())
+    else:
         os.environ.update(haproxy_environment())
         if (directory := ray_temp_dir()) is not None and len(directory) <= HAPROXY_DIRECTORY_LENGTH:
             os.environ.update(haproxy_files(Path(directory)))

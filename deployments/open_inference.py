@@ -6,13 +6,14 @@ Annotations here are evaluated at once (no postponed evaluation): FastAPI reads 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.auth import Principal
+from deployments.doors import Doors
 from deployments.limits import check_texts
 from deployments.prediction import PredictionService
-from deployments.problems import Problem
+from deployments.problems import Problem, documented
 from deployments.schemas import PredictInput
 from plora_ray import __version__
 from plora_ray.config import ServingSettings
@@ -51,15 +52,11 @@ class InferRequest(BaseModel):
     inputs: list[RequestTensor] = Field(min_length=1)
 
 
-def open_inference_routes(
-    settings: ServingSettings,
-    service: Callable[[], PredictionService],
-    caller: Callable[..., Principal],
-    adapter_version: Callable[..., str],
-) -> APIRouter:
+def open_inference_routes(settings: ServingSettings, service: Callable[[], PredictionService], doors: Doors) -> APIRouter:
     """Routes under /v2."""
-    router = APIRouter(prefix="/v2", tags=["open inference protocol"])
-    Caller = Annotated[Principal, Depends(caller)]
+    router = APIRouter(prefix="/v2", tags=["open inference protocol"], responses=documented(413))
+    Caller = Annotated[Principal, Depends(doors.paced_caller)]
+    Name = Annotated[str, Path(json_schema_extra={"enum": [settings.model_name]})]
 
     def known(name: str) -> None:
         if name != settings.model_name:
@@ -73,19 +70,19 @@ def open_inference_routes(
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @router.get("/health/ready")
+    @router.get("/health/ready", responses=documented(503))
     async def ready() -> dict[str, bool]:
         if not service().ready:
             raise Problem(503, "no generation is loaded yet")
         return {"ready": True}
 
-    @router.get("/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
+    @router.get("/models/{name}", responses=documented(404, 422))
+    async def model(name: Name) -> dict[str, Any]:
         known(name)
         tensor = {"datatype": "BYTES", "shape": [-1]}
         return {
             "name": name,
-            "versions": [service().loaded.name] if service().ready else [],
+            "versions": [service().serving.current.name] if service().ready else [],
             "platform": "plora",
             "inputs": [{"name": "text", **tensor}, {"name": "user_id", **tensor}],
             "outputs": [
@@ -95,20 +92,23 @@ def open_inference_routes(
             ],
         }
 
-    @router.get("/models/{name}/ready")
-    async def model_ready(name: str) -> dict[str, Any]:
+    @router.get("/models/{name}/ready", responses=documented(404, 422, 503))
+    async def model_ready(name: Name) -> dict[str, Any]:
         known(name)
         if not service().ready:
             raise Problem(503, "no generation is loaded yet")
         return {"name": name, "ready": True}
 
-    @router.post("/models/{name}/infer")
-    async def infer(name: str, body: InferRequest, who: Caller, at_least: Annotated[str, Depends(adapter_version)]) -> dict[str, Any]:
+    @router.post("/models/{name}/infer", dependencies=doors.described, responses=documented(400, 401, 403, 404, 422, 429, 503))
+    async def infer(
+        name: Name, body: InferRequest, who: Caller, at_least: Annotated[str, Depends(doors.at_least)],
+        timeout_s: Annotated[float | None, Depends(doors.timeout_s)],
+    ) -> dict[str, Any]:  # fmt: skip
         known(name)
         rows = _rows(body)
         who.require("predict", (row.user_id for row in rows))
         check_texts([row.text for row in rows], settings.limits, field="inputs", most=settings.limits.inputs)
-        answers = await service().predict([(row.user_id, row.text) for row in rows], at_least)
+        answers = await service().predict([(row.user_id, row.text) for row in rows], at_least, timeout_s)
         return _response(name, body.id, answers)
 
     return router

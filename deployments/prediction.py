@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from deployments.engines import CurrentGeneration
+from deployments.bringing import BroughtAdapter, store_brought
+from deployments.engines import CurrentGeneration, Served, Serving
 from deployments.fitting import FitRequest, FitResult
 from deployments.observer import ServiceObserver, observed
 from deployments.problems import Problem
@@ -17,9 +18,11 @@ from plora_ray.data.rows import RowProblem, class_label, number_label
 from plora_ray.errors import DataError
 from plora_ray.inference import Answer, InferenceEngine, LoadedGeneration
 from plora_ray.inference.batcher import EngineClosed
+from plora_ray.inference.engine import PendingAnswers
 from plora_ray.inference.opening import EngineBuilder
 from plora_ray.store import UserAdapter
 from plora_ray.store.adapter_store import GenerationInfo
+from plora_ray.store.shared import encode_shared
 
 SUBMIT_THREADS = 64
 Fit = Callable[[FitRequest], Awaitable[FitResult]]
@@ -57,56 +60,97 @@ class PredictionService:
         return self._current.ready
 
     @property
-    def loaded(self) -> LoadedGeneration:
-        """The generation that answers. Raises StoreError before there is one."""
-        return self._current.get()[0]
+    def serving(self) -> Serving[InferenceEngine]:
+        """The generations that answer. Raises StoreError before there is one."""
+        return self._current.get()
 
-    async def predict(self, rows: Sequence[tuple[str, str]], at_least: str = "") -> list[Answer]:
-        """Answers for (user_id, text) rows, all by one generation. Raises QueueFull, TimeoutError, StoreError."""
+    def serving_user(self, user_id: str) -> Served[InferenceEngine]:
+        """The generation that answers this user. Raises StoreError before one is loaded."""
+        return self._current.get().for_users([self._current.store.key(user_id)])
+
+    @property
+    def hash_secret(self) -> bytes:
+        """What keys the hashes of users. Raises StoreError while the store can't be opened."""
+        return self._current.store.hash_secret
+
+    async def predict(self, rows: Sequence[tuple[str, str]], at_least: str = "", timeout_s: float | None = None) -> list[Answer]:
+        """Answers for (user_id, text) rows, all by one generation. Raises QueueFull, TimeoutError, StoreError.
+
+        timeout_s: the caller's own, where it is shorter than serving.request_timeout_s; rows that are still queued then are never computed.
+        """
         with observed(self._observer, "predict"):
-            async with asyncio.timeout(self.settings.serving.request_timeout_s):
+            keys = {self._current.store.key(user_id) for user_id, _ in rows}
+            async with asyncio.timeout(self._bounded(timeout_s)):
                 while True:
-                    _, engine = self._current.get()
+                    engine = self._current.get().for_users(keys).built
+                    submitted = self._threads.submit(engine.submit, rows, at_least)
                     try:
-                        pending = await asyncio.get_running_loop().run_in_executor(self._threads, engine.submit, rows, at_least)
+                        pending = await asyncio.wrap_future(submitted)
                     except EngineClosed:
                         continue  # swapped in between: the new one answers
+                    except asyncio.CancelledError:
+                        submitted.add_done_callback(_skip)
+                        raise
                     logits = await asyncio.gather(*(asyncio.wrap_future(future) for future in pending.logits))
                     return engine.finish(pending, logits)
 
-    async def adapt(self, user_id: str, texts: Sequence[str], labels: Sequence[object]) -> Adapted:
-        """Fit this user's adapter on these examples and store it; this replica serves it at once."""
+    async def adapt(self, user_id: str, texts: Sequence[str], labels: Sequence[object], timeout_s: float | None = None) -> Adapted:
+        """Fit this user's adapter on these examples and store it; this replica serves it at once.
+
+        timeout_s: the caller's own; an adapter that is finished later may be stored all the same. Raises TimeoutError.
+        """
         began = time.monotonic()
         with observed(self._observer, "adapt"):
-            loaded, engine = self._current.get()
-            canonical = [self._label(loaded, place, label) for place, label in enumerate(labels)]
-            result = await self._fit(FitRequest(loaded.store.key(user_id), list(texts), canonical))
+            served = self.serving_user(user_id)
+            canonical = [self._label(served.loaded, place, label) for place, label in enumerate(labels)]
+            async with asyncio.timeout(timeout_s):
+                result = await self._fit(FitRequest(served.loaded.store.key(user_id), list(texts), canonical))
             if result.error is not None:
                 raise result.error
             assert result.adapter is not None
-            engine.admit(result.adapter)
+            self._admit(result.adapter)
         return Adapted(
             examples=len(texts), generation=result.adapter.generation, version=result.adapter.version, loss_before=result.loss_before,
             loss_after=result.loss_after, seconds=time.monotonic() - began,
         )  # fmt: skip
 
+    async def bring(self, user_id: str, brought: BroughtAdapter) -> UserAdapter:
+        """Store an adapter that was fitted elsewhere, checked like anything hostile; this replica serves it at once.
+
+        Raises as `store_brought`.
+        """
+        loaded = self.serving_user(user_id).loaded
+        farthest = self.settings.serving.limits.adapter_norm
+        adapter = await asyncio.to_thread(store_brought, loaded, loaded.store.key(user_id), brought, farthest)
+        self._admit(adapter)
+        return adapter
+
     async def user(self, user_id: str) -> UserAdapter | None:
         """The adapter that answers for this user, read from the store; None if the population does."""
-        loaded = self.loaded
+        loaded = self.serving_user(user_id).loaded
         return await asyncio.to_thread(lambda: loaded.store.pull(loaded.reader, loaded.store.key(user_id)))
 
     async def erase(self, user_id: str) -> None:
         """Erase the user from the store and this replica; other replicas learn of it within serving.refresh_s."""
         with observed(self._observer, "erase"):
-            loaded, engine = self._current.get()
-            key = loaded.store.key(user_id)
-            await asyncio.to_thread(loaded.store.erase, key)
-            engine.cache.evict([key])
+            store = self._current.store
+            key = store.key(user_id)
+            await asyncio.to_thread(store.erase, key)
+            for served in self._current.get().all:
+                served.built.cache.evict([key])
             await asyncio.to_thread(self._current.learn_erasures)
 
     async def generations(self) -> list[GenerationInfo]:
         """Published generations, oldest first."""
         return await asyncio.to_thread(lambda: self._current.store.generations())
+
+    async def shared(self, generation: str) -> tuple[str, bytes]:
+        """A serving generation's basis and its shared.safetensors. Raises Problem 404 if it doesn't serve here."""
+        for served in self._current.get().all:
+            if served.name == generation:
+                weights = served.loaded.reader.shared()
+                return served.loaded.reader.basis, await asyncio.to_thread(encode_shared, weights.tensors, weights.metadata)
+        raise Problem(404, "no generation of this id serves here")
 
     async def activate(self, generation: str) -> None:
         """Make a published generation serve; returns when this replica does. Raises Problem 404 if there is none of this id."""
@@ -117,7 +161,7 @@ class PredictionService:
                 raise Problem(404, "there is no generation of this id: GET /v1/generations lists them")
             await asyncio.to_thread(store.activate, generation)
             await asyncio.to_thread(self._current.follow)
-            if self.loaded.name != generation:
+            if not self.ready or self.serving.current.name != generation:
                 raise Problem(503, "this generation is current now, but this replica can't load it: see its log, or activate another")
 
     def close(self) -> None:
@@ -130,6 +174,14 @@ class PredictionService:
         self._observer.on_generation(loaded.reader.manifest.created_at)
         return engine
 
+    def _admit(self, adapter: UserAdapter) -> None:
+        for served in self._current.get().all:
+            served.built.admit(adapter)
+
+    def _bounded(self, timeout_s: float | None) -> float:
+        longest = self.settings.serving.request_timeout_s
+        return longest if timeout_s is None else min(timeout_s, longest)
+
     def _label(self, loaded: LoadedGeneration, place: int, label: object) -> str | float:
         """The label as training data would hold it. Raises Problem 422 naming the example."""
         try:
@@ -139,3 +191,10 @@ class PredictionService:
             field = f"examples[{place}].label"
             raise Problem(422, f"{field}: {error}", fields=[(field, str(error))]) from None
         return canonical
+
+
+def _skip(submitted: Future[PendingAnswers]) -> None:
+    """Nobody waits for these rows any more."""
+    if not submitted.cancelled() and submitted.exception() is None:
+        for future in submitted.result().logits:
+            future.cancel()

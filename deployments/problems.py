@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from deployments.schemas import InvalidField, ProblemDocument
 from plora_ray.errors import DataError, ErasedDuringFit, InvalidUserId, PloraError, StoreError
 from plora_ray.inference.batcher import QueueFull
 
@@ -81,6 +82,15 @@ def _field(location: tuple[Any, ...]) -> str:
     for part in location[1:] if location and location[0] in ("body", "path", "query", "header") else location:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
     return name or "body"
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """How the interface's description shows that a route may answer with these problems."""
+    schema = ProblemDocument.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    schema["properties"]["errors"] = {"type": "array", "items": InvalidField.model_json_schema()}
+    content = {MEDIA_TYPE: {"schema": schema}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
 def install(api: FastAPI) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
@@ -92,6 +92,26 @@ class AdaptResponse(BaseModel):
     seconds: float
 
 
+class BroughtResponse(BaseModel):
+    """An adapter that was fitted elsewhere and is stored now. generation: the one that answers this user."""
+
+    user_id: str
+    generation: str
+
+
+class SharedDescription(BaseModel):
+    """What a device needs to fit an adapter of its own, beside the shared parameters: the generation that answers this user.
+
+    basis: SHA-256 of the shared parameters. model: name and SHA-256 of the weights of the PLM. adapter_config: as in the manifest.
+    """
+
+    generation: str
+    kind: str
+    basis: str
+    model: dict[str, str]
+    adapter_config: dict[str, Any]
+
+
 class UserResponse(BaseModel):
     """What is known of a user with an adapter."""
 
@@ -103,7 +123,10 @@ class UserResponse(BaseModel):
 
 
 class Generation(BaseModel):
-    """A published generation. serving: whether this replica answers with it; current: whether it is the one to serve."""
+    """A published generation. serving: whether this replica answers with it; current: whether it is the one to serve.
+
+    share: of the users for whom it is tried out, if it is.
+    """
 
     generation: str
     created_at: str
@@ -112,6 +135,7 @@ class Generation(BaseModel):
     model: str
     current: bool
     serving: bool
+    share: float | None = None
 
 
 class GenerationsResponse(BaseModel):
@@ -132,8 +156,33 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
+class CanaryInfo(BaseModel):
+    """A generation that answers for a share of the users, beside the current one."""
+
+    generation: str
+    share: float
+
+
 class Readiness(BaseModel):
-    """The generation that this replica answers with."""
+    """The generations that this replica answers with."""
 
     status: Literal["ready"] = "ready"
     generation: str
+    canary: CanaryInfo | None = None
+
+
+class InvalidField(BaseModel):
+    """Which field of the request is wrong, and why."""
+
+    field: str
+    reason: str
+
+
+class ProblemDocument(BaseModel):
+    """An error, as RFC 9457 says."""
+
+    type: Literal["about:blank"] = "about:blank"
+    title: str
+    status: int
+    detail: str
+    errors: list[InvalidField] | None = None

@@ -218,9 +218,12 @@ def users_export(
 @reports_errors
 def generations_list(config: ConfigOption, overrides: SetOption = None) -> None:
     """All published generations, oldest first."""
-    for info in _store(_settings(config, overrides)).generations():
+    store = _store(_settings(config, overrides))
+    canary = store.canary()
+    for info in store.generations():
         mark = "*" if info.is_current else " "
-        typer.echo(f"{mark} {info.generation}  {info.created_at}  {info.users:,} users  {info.examples:,} examples  {info.model}")
+        tried = f"  canary {canary.share:.1%}" if canary is not None and canary.generation == info.generation else ""
+        typer.echo(f"{mark} {info.generation}  {info.created_at}  {info.users:,} users  {info.examples:,} examples  {info.model}{tried}")
 
 
 @generations_app.command("show")
@@ -243,6 +246,20 @@ def generations_activate(generation: str, config: ConfigOption, overrides: SetOp
     store = _store(_settings(config, overrides))
     store.activate(generation)
     typer.echo(f"{generation} serves")
+
+
+@generations_app.command("canary")
+@reports_errors
+def generations_canary(
+    generation: str,
+    config: ConfigOption,
+    share: Annotated[float, typer.Option(help="Of all users, from 0 to 1; 0 ends the canary.")],
+    overrides: SetOption = None,
+) -> None:
+    """Let a published generation answer for a share of the users, beside the current one. Running replicas follow within seconds."""
+    store = _store(_settings(config, overrides))
+    store.set_canary(generation, share)
+    typer.echo(f"{generation} serves {share:.1%} of the users" if share else f"{store.current()} serves everybody")
 
 
 @generations_app.command("compact")

@@ -7,18 +7,24 @@ whoever adapted a user sees the new adapter in the next answer, whichever replic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import httpx
+from cachetools import LRUCache
 from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from plora_ray.errors import PloraError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ATTEMPTS = 5
 TIMEOUT_S = 60.0
 RETRIED = (429, 503)
 VERSION_HEADER = "X-Adapter-Version"
+TIMEOUT_HEADER = "X-Request-Timeout-Seconds"
+REMEMBERED_USERS = 100_000  # whose adapter versions one client knows; replicas have caught up with older ones long since
 
 
 class RequestFailed(PloraError):
@@ -55,9 +61,9 @@ _POLICY: dict[str, Any] = {
 class _Requests:
     """What both clients send, and what they remember."""
 
-    def __init__(self, token: str | None) -> None:
-        self._token = token
-        self._versions: dict[str, str] = {}
+    def __init__(self, token: str | None, timeout_s: float) -> None:
+        self._token, self._timeout_s = token, timeout_s
+        self._versions: LRUCache[str, str] = LRUCache(REMEMBERED_USERS)
 
     def predict(self, inputs: Sequence[tuple[str, str]]) -> dict[str, Any]:
         body = {"inputs": [{"user_id": user_id, "text": text} for user_id, text in inputs]}
@@ -66,6 +72,13 @@ class _Requests:
     def adapt(self, user_id: str, examples: Sequence[tuple[str, object]]) -> dict[str, Any]:
         body = {"examples": [{"text": text, "label": label} for text, label in examples]}
         return {"method": "PUT", "url": f"{_user_url(user_id)}/examples", "json": body, "headers": self._headers([user_id])}
+
+    def put_adapter(self, user_id: str, record: np.ndarray, basis: str) -> dict[str, Any]:
+        from safetensors.numpy import save  # needed by those only who fit adapters themselves
+
+        headers = {**self._headers([user_id]), "Content-Type": "application/octet-stream"}
+        body = save({"record": record.astype("<f4")}, {"basis": basis})
+        return {"method": "PUT", "url": f"{_user_url(user_id)}/adapter", "content": body, "headers": headers}
 
     def user(self, user_id: str, method: str) -> dict[str, Any]:
         return {"method": method, "url": _user_url(user_id), "headers": self._headers([user_id])}
@@ -81,7 +94,9 @@ class _Requests:
         self._versions.pop(user_id, None)
 
     def _headers(self, users: Sequence[str]) -> dict[str, str]:
-        headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+        headers = {TIMEOUT_HEADER: f"{self._timeout_s:g}"}  # nobody waits longer, so nothing need be computed after it
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token}"
         if len(set(users)) == 1:
             headers["X-User-Id"] = quote(users[0], safe="")
         if versions := [self._versions[user] for user in users if user in self._versions]:
@@ -91,6 +106,10 @@ class _Requests:
 
 def _user_url(user_id: str) -> str:
     return f"/v1/users/{quote(user_id, safe='')}"
+
+
+def _shared_url(description: Mapping[str, Any]) -> str:
+    return f"/v1/generations/{quote(description['generation'], safe='')}/shared"
 
 
 def _checked(response: httpx.Response) -> httpx.Response:
@@ -108,7 +127,7 @@ class Client:
     def __init__(
         self, url: str, *, token: str | None = None, timeout_s: float = TIMEOUT_S, transport: httpx.BaseTransport | None = None
     ) -> None:
-        self._requests = _Requests(token)
+        self._requests = _Requests(token, timeout_s)
         self._http = httpx.Client(base_url=url, timeout=timeout_s, transport=transport)
 
     def __enter__(self) -> Client:
@@ -131,6 +150,17 @@ class Client:
         response = self._send(self._requests.adapt(user_id, examples))
         self._requests.remember(user_id, response)
         return dict(response.json())
+
+    def put_adapter(self, user_id: str, record: np.ndarray, basis: str) -> dict[str, Any]:
+        """Bring an adapter fitted elsewhere, float32 [width]. basis: SHA-256 of the shared parameters it was fitted with."""
+        response = self._send(self._requests.put_adapter(user_id, record, basis))
+        self._requests.remember(user_id, response)
+        return dict(response.json())
+
+    def shared(self, user_id: str) -> tuple[dict[str, Any], bytes]:
+        """What a device needs to fit this user's adapter itself: description and shared parameters, for `open_shared`."""
+        description = dict(self._send(self._requests.plain("GET", f"/v1/shared/{quote(user_id, safe='')}")).json())
+        return description, self._send(self._requests.plain("GET", _shared_url(description))).content
 
     def user(self, user_id: str) -> dict[str, Any]:
         """What the server knows of a user's adapter; RequestFailed 404 if there is none."""
@@ -170,7 +200,7 @@ class AsyncClient:
     def __init__(
         self, url: str, *, token: str | None = None, timeout_s: float = TIMEOUT_S, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
-        self._requests = _Requests(token)
+        self._requests = _Requests(token, timeout_s)
         self._http = httpx.AsyncClient(base_url=url, timeout=timeout_s, transport=transport)
 
     async def __aenter__(self) -> AsyncClient:
@@ -193,6 +223,17 @@ class AsyncClient:
         response = await self._send(self._requests.adapt(user_id, examples))
         self._requests.remember(user_id, response)
         return dict(response.json())
+
+    async def put_adapter(self, user_id: str, record: np.ndarray, basis: str) -> dict[str, Any]:
+        """Bring an adapter fitted elsewhere, float32 [width]. basis: SHA-256 of the shared parameters it was fitted with."""
+        response = await self._send(self._requests.put_adapter(user_id, record, basis))
+        self._requests.remember(user_id, response)
+        return dict(response.json())
+
+    async def shared(self, user_id: str) -> tuple[dict[str, Any], bytes]:
+        """What a device needs to fit this user's adapter itself: description and shared parameters, for `open_shared`."""
+        description = dict((await self._send(self._requests.plain("GET", f"/v1/shared/{quote(user_id, safe='')}"))).json())
+        return description, (await self._send(self._requests.plain("GET", _shared_url(description)))).content
 
     async def user(self, user_id: str) -> dict[str, Any]:
         """What the server knows of a user's adapter; RequestFailed 404 if there is none."""

@@ -66,6 +66,7 @@ class TrainingSettings(Section):
     users_per_wave users (auto: 5000), and no more than fit into wave_memory_mb.
     only_users_with_new_data: keep the current generation's shared parameters and refit only users whose rows are new or changed.
     warm_start: train a new population from the current generation's shared parameters and vectors instead of from scratch.
+    activate: whether what is published serves at once, or waits for `plora generations canary` or `activate`.
     tensorboard_dir: where the driver writes event files; None: nowhere. mlflow: a server that hears of the run; None: none.
     gradient_checkpointing: blocks run again in the backward pass instead of keeping their activations. offload: where zero3 keeps
     the frozen shards; nvme writes them below offload_dir. deepspeed_profile: JSON file of further DeepSpeed settings.
@@ -100,6 +101,7 @@ class TrainingSettings(Section):
     wave_memory_mb: int = Field(1024, ge=1)
     only_users_with_new_data: bool = False
     warm_start: bool = False
+    activate: bool = True
     partitions: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = "auto"
     max_failures: int = Field(3, ge=0)
     store_retry_s: float = Field(120.0, ge=0)

@@ -5,6 +5,7 @@ By the solver that fitted the generation: Newton's method in one pass over the e
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from plora_ray.adapters.fit import UserPrior, solve_users
 from plora_ray.adapters.objective import task_losses
 from plora_ray.inference.example_passes import ExamplePasses
 from plora_ray.inference.loading import LoadedGeneration
+from plora_ray.inference.reach import within
 
 ADAM_STEPS = 20  # of one user at most, however many examples: an answer is waited for
 
@@ -42,10 +44,13 @@ class Fit:
 
 
 class FewShotFitter:
-    """Fits users on one loaded generation. Threads may share it."""
+    """Fits users on one loaded generation. Threads may share it.
 
-    def __init__(self, loaded: LoadedGeneration, *, batch_tokens: int = 4096, batch_rows: int = 64) -> None:
-        self._loaded = loaded
+    farthest: what is fitted further from the population is scaled back onto this bound (`reach.within`).
+    """
+
+    def __init__(self, loaded: LoadedGeneration, *, batch_tokens: int = 4096, batch_rows: int = 64, farthest: float = math.inf) -> None:
+        self._loaded, self._farthest = loaded, farthest
         self._batch_tokens, self._batch_rows = max(batch_tokens, loaded.max_length), batch_rows
         self._lock = threading.Lock()  # the model's user context belongs to one pass at a time
 
@@ -69,6 +74,7 @@ class FewShotFitter:
                 fitted = self._newton(users, passes, labels, owners)
             else:
                 fitted = self._adam(users, passes, labels, owners, had)
+            fitted = within(loaded, fitted, had, self._farthest)
             before, after = (task_losses(passes.user_logits(vectors, owners), labels, task) for vectors in (had, fitted))
         return [
             Fit(fitted[place].numpy(), before[owners == place].mean().item(), after[owners == place].mean().item())

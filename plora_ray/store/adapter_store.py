@@ -13,6 +13,7 @@ from plora_ray.errors import CorruptObjectError, StoreError
 from plora_ray.identity import user_key, validate_user_id
 from plora_ray.store import names
 from plora_ray.store.adapters import UserAdapter, new_version, now_iso
+from plora_ray.store.canary import Canary, end_canary, read_canary, write_canary
 from plora_ray.store.encryption.records import Records
 from plora_ray.store.encryption.root_key import RootKeySource
 from plora_ray.store.encryption.user_keys import UserKeys
@@ -139,9 +140,30 @@ class AdapterStore:
         return None if data is None else load_json(Current, data, self.objects.uri_of(names.CURRENT)).generation
 
     def activate(self, generation: str) -> None:
-        """Make a published generation the current one, forward or back. Raises StoreError, naming those there are, if it isn't."""
+        """Make a published generation the current one, forward or back, for everybody: a canary ends.
+
+        Raises StoreError, naming those there are, if it isn't published.
+        """
         self._published(generation)
         self.objects.write(names.CURRENT, dump_json(Current(generation=generation)))
+        end_canary(self.objects)
+
+    def canary(self) -> Canary | None:
+        """The generation that answers for a share of the users, if there is one beside the current."""
+        canary = read_canary(self.objects)
+        return canary if canary is not None and canary.generation != self.current() else None
+
+    def set_canary(self, generation: str, share: float) -> None:
+        """Let a published generation answer for `share` of the users; 0 ends it. Raises StoreError if it can't."""
+        if not 0 <= share <= 1:
+            raise StoreError(f"share is {share}: it must lie between 0 (nobody) and 1 (everybody)")
+        if share == 0:
+            end_canary(self.objects)
+            return
+        self._published(generation)
+        if generation == self.current():
+            raise StoreError(f"generation {generation} serves everybody already: a canary is another one")
+        write_canary(self.objects, Canary(generation=generation, share=float(share)))
 
     def succeed(self, base: str, generation: str) -> bool:
         """Make `generation` the current one if that is still `base` (or `generation` already); whether it is current now."""
@@ -152,7 +174,10 @@ class AdapterStore:
             return mine if data is not None and load_json(Current, data, name).generation == base else None
 
         standing = self.objects.update(names.CURRENT, after_base)
-        return standing is not None and load_json(Current, standing, name).generation == generation
+        succeeded = standing is not None and load_json(Current, standing, name).generation == generation
+        if succeeded:
+            end_canary(self.objects)
+        return succeeded
 
     def begin(self, generation: str, kind: str = "plora") -> GenerationWriter:
         """Begin to write a generation, or go on with an unfinished one.

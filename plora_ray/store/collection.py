@@ -1,7 +1,7 @@
 """Removing what nobody needs any more: old generations, and what crashed jobs left behind.
 
 Deletes whole generations only, manifest first, so that a reader sees a generation whole or not at all. The current
-generation, the newest `keep` and everything younger than the grace time stay.
+generation, a canary, the newest `keep` and everything younger than the grace time stay.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def collect(store: AdapterStore, *, keep: int, grace_s: float, needed: Set[str] 
         if time.time() - item.modified_s >= grace_s and not dry_run:
             store.objects.delete(item.path)
     published = [info.generation for info in store.generations()]
-    staying = {*published[-keep:], store.current(), *needed}
+    canary = store.canary()
+    staying = {*published[-keep:], store.current(), canary.generation if canary else None, *needed}
     collected = []
     for generation in store.objects.folders(names.GENERATIONS):
         if generation in staying or time.time() - _begun_s(store, generation) < grace_s:

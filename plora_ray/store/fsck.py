@@ -14,6 +14,7 @@ from plora_ray.errors import CorruptObjectError, StoreError
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.adapters import decode_fresh
+from plora_ray.store.canary import Canary
 from plora_ray.store.decryption_check import DecryptionCheck
 from plora_ray.store.encryption.ring import check_ring
 from plora_ray.store.encryption.sealing import Place
@@ -75,6 +76,8 @@ class _Check:
             manifests[path.split("/")[1]] = self._generation(path)
         self._current(manifests)
         self._object(names.IDENTITY, partial(self._json, StoreIdentity))
+        if names.CANARY in self._left:
+            self._object(names.CANARY, partial(self._json, Canary))
         for path in list(self._left):
             if names.fresh_key(path) is not None:
                 self._found.fresh += 1
@@ -163,7 +166,7 @@ class _Check:
         return generation is None or not self._objects.exists(names.manifest(generation))
 
     @staticmethod
-    def _json(kind: type[Beginning | Tombstone | StoreIdentity], path: str, data: bytes) -> None:
+    def _json(kind: type[Beginning | Tombstone | StoreIdentity | Canary], path: str, data: bytes) -> None:
         load_json(kind, data, path)
 
     @staticmethod

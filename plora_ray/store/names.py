@@ -6,6 +6,7 @@ import re
 
 IDENTITY = "store.json"
 CURRENT = "current"
+CANARY = "canary"
 GENERATIONS = "generations"
 ERASED = "erased"
 FRESH = "users"

@@ -55,7 +55,7 @@ def publish(
         },
         partition={"partitions": settings.training.partitions, "waves": len(assignment.waves)},
         segments=segments,
-        activate=not settings.training.only_users_with_new_data,  # `finish` decides about the others
+        activate=settings.training.activate and not settings.training.only_users_with_new_data,  # `finish` decides about these
     )  # fmt: skip
     return finish(prepared, line, seconds=seconds)
 
@@ -63,17 +63,20 @@ def publish(
 def finish(prepared: Prepared, line: ProgressLine, *, seconds: float) -> Published:
     """What is left to do once the manifest stands; done again, harmlessly, by a job that was stopped in between.
 
-    A generation of carried-over users doesn't take over if another than its base serves by now.
+    A generation of carried-over users doesn't take over if another than its base serves by now; none does with training.activate false.
     """
     store, generation = prepared.store, prepared.assignment.generation
     manifest = store.manifest(generation)
     if manifest is None:
         raise StoreError(f"generation {generation} isn't published: run the job again")
     current = store.manifest(store.current() or generation)
+    activate = prepared.assignment.settings.training.activate
     if prepared.assignment.settings.training.only_users_with_new_data:
-        _succeed_base(prepared, manifest, line)
-    elif store.current() != generation and (current is None or current.created_at <= manifest.created_at):
+        _succeed_base(prepared, manifest, line, activate)
+    elif activate and store.current() != generation and (current is None or current.created_at <= manifest.created_at):
         store.activate(generation)  # never take over from a newer generation
+    if not activate:
+        line.say(f"generation {generation} is published and doesn't serve: `plora generations canary` tries it, `activate` makes it serve")
     prepared.run.delete()
     return _published(store, manifest, seconds)
 
@@ -94,12 +97,12 @@ def unchanged(prepared: Prepared, line: ProgressLine, *, seconds: float) -> Publ
     return _published(prepared.store, manifest, seconds)
 
 
-def _succeed_base(prepared: Prepared, manifest: Manifest, line: ProgressLine) -> None:
-    """Take over from the base, unless another generation did meanwhile."""
+def _succeed_base(prepared: Prepared, manifest: Manifest, line: ProgressLine, activate: bool) -> None:
+    """Take over from the base if `activate`, unless another generation did meanwhile."""
     store, base, generation = prepared.store, prepared.assignment.base, manifest.generation
     assert base is not None
     raise_late_versions(store.objects, prepared.run.plan.fresh_seen(), manifest.shared.sha256, manifest.version)
-    if not store.succeed(base, generation):
+    if activate and not store.succeed(base, generation):
         line.say(
             f"generation {generation} is published but doesn't serve, because {store.current()} took over from its base {base} "
             f"meanwhile: `plora generations activate {generation}` makes it serve"

@@ -31,7 +31,7 @@ WAVES_AT_ONCE = 4  # outcomes read at the same time when the report is made; bou
 # What may change between two starts of the same run: it shapes how the work is done, not what comes out.
 _FREE_SETTINGS = {
     "num_workers", "resize_check_s", "use_gpu", "sharding", "max_failures", "store_retry_s", "tensorboard_dir", "mlflow", "offload",
-    "offload_dir", "gradient_checkpointing", "deepspeed_profile", "activation_cache_mb", "activation_disk_mb",
+    "offload_dir", "gradient_checkpointing", "deepspeed_profile", "activation_cache_mb", "activation_disk_mb", "activate",
 }  # fmt: skip
 
 

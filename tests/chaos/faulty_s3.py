@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 server that fails on demand: refuses, breaks the connection, or loses answers to what was done.
+"""An HTTP proxy in front of an S3 server that fails on demand: refuses, hangs, breaks the connection, or loses answers to what was done.
 
 It forwards bytes and knows S3 only by the form of its errors. Every request is logged with what the client got to see.
 """
@@ -15,7 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-Fault = Literal["503", "SlowDown", "reset", "lost"]  # lost: the request is carried out, its answer never arrives
+# lost: the request is carried out, its answer never arrives; hang: nothing is done, and nothing heard until the outage ends
+Fault = Literal["503", "SlowDown", "reset", "lost", "hang"]
+HANG_S = 600.0
 HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "keep-alive"}
 
 
@@ -48,6 +50,7 @@ class FaultyS3:
         self.delivered: list[tuple[str, int]] = []
         self.failed: list[str] = []
         self._outages: list[Outage] = []
+        self.healed = threading.Event()
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
         self._http.daemon_threads = True
@@ -60,6 +63,7 @@ class FaultyS3:
     def fail(self, fault: Fault, begins_at: str, seconds: float, spared: int = 0) -> Outage:
         """Plan an outage; several may be planned, each begins at its own request."""
         outage = Outage(fault, re.compile(begins_at), seconds, spared)
+        self.healed.clear()
         with self._lock:
             self._outages.append(outage)
         return outage
@@ -68,6 +72,7 @@ class FaultyS3:
         """End and forget all outages."""
         with self._lock:
             self._outages.clear()
+        self.healed.set()
 
     def fault_for(self, request: str) -> Fault | None:
         with self._lock:
@@ -89,6 +94,7 @@ class FaultyS3:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.heal()
         self._http.shutdown()
         self._thread.join()
         self._http.server_close()
@@ -103,7 +109,9 @@ def _handler_for(proxy: FaultyS3) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             request = f"{self.command} {self.path}"
             fault = proxy.fault_for(request)
-            if fault == "reset":
+            if fault == "hang":
+                proxy.healed.wait(HANG_S)
+            if fault in ("hang", "reset"):
                 return self.break_off()
             if fault in ("503", "SlowDown"):
                 code = "ServiceUnavailable" if fault == "503" else fault

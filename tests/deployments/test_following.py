@@ -11,7 +11,7 @@ import pytest
 from deployments.engines import CurrentGeneration
 from deployments.fitting import FitRequest, FittingService
 from plora_ray.config import Settings, parse_settings
-from plora_ray.errors import DataError, ErasedDuringFit
+from plora_ray.errors import DataError, ErasedDuringFit, StoreError
 from plora_ray.inference import LoadedGeneration
 from plora_ray.store import AdapterStore, UserAdapter, new_version
 from plora_ray.store.adapters import now_iso
@@ -50,10 +50,53 @@ def following(store: AdapterStore, settings: Settings, tiny_plm: str) -> Iterato
 
 def test_a_new_generation_replaces_the_old_one_which_is_then_retired(following: Following, store: AdapterStore, tiny_plm: str) -> None:
     current, retired, _ = following
-    assert current.get()[1] == "g1"
+    assert current.get().current.built == "g1"
     publish(store, tiny_plm, "g2", USERS)
     current.follow()
-    assert current.get()[1] == "g2" and retired == ["g1"]
+    assert current.get().current.built == "g2" and retired == ["g1"]
+
+
+def test_a_canary_is_loaded_beside_the_current_generation_and_serves_on_without_a_second_load_when_it_is_activated(
+    following: Following, store: AdapterStore, tiny_plm: str
+) -> None:
+    current, retired, _ = following
+    publish(store, tiny_plm, "g2", USERS)
+    store.activate("g1")
+    store.set_canary("g2", 0.25)
+    current.follow()
+    serving = current.get()
+    assert [served.name for served in serving.all] == ["g1", "g2"] and not retired
+    store.set_canary("g2", 0.5)
+    current.follow()
+    assert current.get().tried is serving.tried and current.get().canary == store.canary()
+    store.activate("g2")
+    current.follow()
+    assert current.get().current is serving.tried and retired == ["g1"] and store.canary() is None
+    store.activate("g1")  # a rollback is for everybody: no share stays on what was tried
+    current.follow()
+    assert [served.name for served in current.get().all] == ["g1"] and retired == ["g1", "g2"]
+
+
+def test_a_canary_is_given_up_for_everybody_and_one_that_cannot_be_loaded_serves_nobody(
+    following: Following, store: AdapterStore, tiny_plm: str
+) -> None:
+    current, retired, _ = following
+    for name in ("g2", "g3"):
+        publish(store, tiny_plm, name, USERS)
+        store.activate("g1")
+    store.set_canary("g2", 1.0)
+    current.follow()
+    assert current.get().for_users([store.key("anybody")]).name == "g2"
+    store.set_canary("g2", 0)
+    current.follow()
+    assert retired == ["g2"] and current.get().for_users([store.key("anybody")]).name == "g1"
+    store.objects.delete("generations/g3/shared.safetensors")
+    store.set_canary("g3", 1.0)
+    current.follow()
+    assert [served.name for served in current.get().all] == ["g1"]
+    for generation, share, message in (("g1", 0.5, "already"), ("g2", 1.5, "between 0"), ("g9", 0.5, "no generation g9")):
+        with pytest.raises(StoreError, match=message):
+            store.set_canary(generation, share)
 
 
 def test_a_generation_that_cannot_be_loaded_leaves_the_old_one_serving_and_erasures_still_arrive(
@@ -67,7 +110,7 @@ def test_a_generation_that_cannot_be_loaded_leaves_the_old_one_serving_and_erasu
     manifest.write_text(json.dumps(broken))
     store.erase(store.key("ann"))
     current.follow()
-    assert current.get()[1] == "g1" and not retired
+    assert current.get().current.built == "g1" and not retired
     assert erasures == [{store.key("ann")}]
 
 

@@ -136,7 +136,7 @@ def test_an_erased_user_is_gone_from_every_replica_within_the_refresh_time_and_m
         client.erase(user)
 
 
-def test_a_new_generation_is_taken_up_under_load_without_a_failed_or_a_mixed_answer(deployed: Deployed) -> None:
+def test_generations_and_a_canary_come_and_go_under_load_without_a_failed_or_a_mixed_answer(deployed: Deployed) -> None:
     stop, failures, seen = threading.Event(), [], set()
 
     def load() -> None:
@@ -161,6 +161,17 @@ def test_a_new_generation_is_taken_up_under_load_without_a_failed_or_a_mixed_ans
         while time.monotonic() < deadline and {client.predict([(USERS[0], TEXT)])[0]["generation"] for _ in range(8)} != {"g1"}:
             time.sleep(0.1)
         listed = {item["generation"]: item for item in client.generations()}
+        deployed.store.set_canary("g2", 0.5)
+        canary = deployed.store.canary()
+        assert canary is not None
+        expected = {user: "g2" if canary.takes(deployed.store.key(user)) else "g1" for user in [*USERS[:6], "stranger 1", "stranger 2"]}
+        assert set(expected.values()) == {"g1", "g2"}
+        for wanted in (expected, dict.fromkeys(expected, "g1")):
+            while time.monotonic() < deadline and not all(
+                {client.predict([(user, TEXT)])[0]["generation"] for _ in range(4)} == {name} for user, name in wanted.items()
+            ):
+                time.sleep(0.1)
+            deployed.store.set_canary("g2", 0)
     stop.set()
     for thread in threads:
         thread.join()
@@ -255,7 +266,8 @@ def test_the_open_inference_protocol_gives_the_same_answers(deployed: Deployed) 
 async def _both_clients(deployed: Deployed) -> None:
     async with AsyncClient(deployed.url, token=deployed.token) as client:
         await client.adapt("async user", EXAMPLES)
-        assert (await client.predict([("async user", TEXT)]))[0]["personalization"] == "adapter"
+        for _ in range(10):  # on both replicas
+            assert (await client.predict([("async user", TEXT)]))[0]["personalization"] == "adapter"
         await client.erase("async user")
         with pytest.raises(RequestFailed):
             await client.user("async user")

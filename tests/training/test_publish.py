@@ -15,7 +15,7 @@ from plora_ray.config import parse_settings
 from plora_ray.data.stats import PartitionCounts, PartitionStats
 from plora_ray.data.trained_users import TrainedUsers
 from plora_ray.errors import StoreError
-from plora_ray.store import AdapterStore
+from plora_ray.store import AdapterStore, ModelRef
 from plora_ray.training.memory import ModelSize
 from plora_ray.training.plan import PartitionPlan, Plan, PlanBuilder
 from plora_ray.training.prepare import Prepared
@@ -125,6 +125,21 @@ def test_a_generation_with_every_planned_user_is_published_with_its_report(job: 
     assert job.end() == job.store.open_generation().users == USERS
     values, files = stored_report(job.store, job.assignment.generation)  # what a start that only finishes hands to telemetry
     assert values["generation"] == job.assignment.generation and set(files) == {"report.json", "report.html"}
+
+
+def test_what_is_published_without_activation_leaves_the_current_generation_serving_and_may_be_tried_on_a_share(
+    tmp_path: Path, tiny_tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job.begin(tmp_path, {**tiny_tree, "training": {**tiny_tree["training"], "activate": False}})
+    writer = job.store.begin("before")
+    writer.write_shared({"B": np.ones((2, 2), np.float32)}, {})
+    writer.commit(expected_users=0, model=ModelRef(name="m", weight_hash="0"), adapter_config={})
+    for wave in range(3):
+        job.write(wave, 2)
+    assert job.end() == USERS and job.store.current() == "before"
+    assert f"{job.assignment.generation} is published and doesn't serve" in capsys.readouterr().err
+    job.store.set_canary(job.assignment.generation, 0.1)
+    assert job.store.canary() is not None
 
 
 @pytest.mark.parametrize("erased_place", [1, 5])

@@ -1,0 +1,114 @@
+"""Two replicas under load while everything that can fail does: only what was in flight on a dead replica may fail, and it is counted."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.s3_server import S3Server
+from plora_ray.client import Client
+from plora_ray.store import AdapterStore
+from tests.chaos.faulty_s3 import Fault, FaultyS3
+from tests.chaos.serving import Load, Sent, serving
+from tests.generations import publish
+
+USERS = [f"user {place}" for place in range(40)]
+THREADS = 4
+FAULTS: tuple[Fault, ...] = ("503", "hang")
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    with S3Server(tmp_path / "s3") as server:
+        server.create_bucket("plora")
+        with FaultyS3(server.endpoint_url) as proxy:
+            yield proxy
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {PATIENCE_S:.0f} s"
+        time.sleep(0.05)
+
+
+def rounds(load: Load, count: int) -> None:
+    """Wait until every user was asked that often from now on."""
+    began = time.monotonic()
+    wait_for(lambda: len(load.since(began)) >= count * len(USERS), "load")
+
+
+def publish_for(tree: dict[str, Any], s3: FaultyS3, folder: Path) -> tuple[Path, AdapterStore]:
+    """The settings file of two replicas over the faulty store, and the store itself without its faults."""
+    tree["store"] = {"uri": "s3://plora/adapters", "endpoint_url": s3.endpoint_url}
+    tree["serving"] = {"replicas": 2, "replica_cpus": 0.5, "refresh_s": 0.2, "adapter_max_age_s": 600, "audit": {"enabled": False}}
+    config = folder / "settings.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    options = {"key": "k", "secret": "s", "endpoint_url": s3.server.geturl(), "client_kwargs": {"region_name": "us-east-1"}}
+    store = AdapterStore("s3://plora/adapters", options)
+    publish(store, tree["model"]["name"], "g1", USERS)
+    return config, store
+
+
+def assert_only_what_was_in_flight_failed(failed: Sequence[Sent]) -> None:
+    """There is one moment at which all failed requests were under way: that of the replica's end."""
+    assert len(failed) <= THREADS
+    assert not failed or max(sent.began_s for sent in failed) < min(sent.ended_s for sent in failed), failed
+
+
+def test_two_replicas_under_load_ride_out_a_failing_and_a_hanging_store_an_erasure_a_swap_a_killed_replica_and_their_end(
+    tiny_tree: dict[str, Any], tmp_path: Path, s3: FaultyS3
+) -> None:
+    config, store = publish_for(tiny_tree, s3, tmp_path)
+    with serving(config) as server, Client(server.url) as operator, Load(server.url, USERS, THREADS) as load:
+        rounds(load, 3)  # everybody is in memory
+
+        for fault in FAULTS:  # the store fails, then says nothing at all
+            began = time.monotonic()
+            outage = s3.fail(fault, "/plora", seconds=3600)
+            wait_for(lambda outage=outage: outage.began_s is not None, "outage")  # type: ignore[misc]
+            rounds(load, 3)
+            s3.heal()
+            assert {sent.personalization for sent in load.since(began)} == {"adapter"}
+
+        operator.erase(USERS[0])  # a user leaves while requests for him go on
+        erased = time.monotonic()
+        wait_for(lambda: [sent.personalization for sent in load.sent if sent.user == USERS[0]][-3:] == ["population"] * 3, "erasure")
+
+        publish(store, tiny_tree["model"]["name"], "g2", USERS, seed=5)
+        wait_for(lambda: {name for sent in load.sent[-80:] for name in sent.generations} == {"g2"}, "swap on both replicas")
+        assert not load.failed, load.failed[:3]
+
+        server.replicas()[0].send_signal(signal.SIGKILL)
+        rounds(load, 3)
+        ended = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(60)
+    assert_only_what_was_in_flight_failed([sent for sent in load.failed if sent.began_s < ended])
+    assert all(len(sent.generations) == 1 for sent in load.sent if sent.status == 200)
+    left = [sent.personalization for sent in load.sent if sent.user == USERS[0] and sent.began_s > erased and sent.status == 200]
+    assert "adapter" not in left[left.index("population") :], "an erased user came back"
+
+
+@pytest.mark.chaos
+def test_each_of_three_replicas_killed_one_after_the_other_is_replaced_and_takes_only_its_own_requests_with_it(
+    tiny_tree: dict[str, Any], tmp_path: Path, s3: FaultyS3
+) -> None:
+    config, _ = publish_for(tiny_tree, s3, tmp_path)
+    with serving(config) as server, Load(server.url, USERS, THREADS) as load:
+        rounds(load, 3)
+        for _ in range(3):
+            known, before = server.replicas(), len(load.failed)
+            known[0].send_signal(signal.SIGKILL)
+            wait_for(lambda known=known: set(server.replicas()) - set(known) != set(), "new replica")  # type: ignore[misc]
+            rounds(load, 20)
+            assert_only_what_was_in_flight_failed(load.failed[before:])
