@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from plora_ray.config.section import Section
 
@@ -38,10 +38,10 @@ class ServingSettings(Section):
 
     refresh_s: how often a replica looks for a new generation and for erased users. adapter_max_age_s: after this long a cached
     adapter is compared with the store again, which bounds how late a replica follows adaptations made elsewhere.
-    model_name: what the Open Inference Protocol calls the model.
+    model_name: what the Open Inference Protocol calls the model. replicas: a number, or [min, max] that follows the load.
     """
 
-    replicas: int = Field(1, ge=1)
+    replicas: int | tuple[int, int] = 1
     replica_cpus: float = Field(1.0, ge=0)
     replica_gpus: float = Field(0.0, ge=0)
     proxy: Literal["haproxy", "serve"] = "haproxy"
@@ -58,3 +58,17 @@ class ServingSettings(Section):
     request_timeout_s: float = Field(30.0, gt=0)
     limits: LimitSettings = LimitSettings()
     auth: AuthSettings = AuthSettings()
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        """One sentence for what would else be a complaint from each type that the value isn't."""
+        numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+        if all(type(item) is int and item > 0 for item in numbers) and numbers[0] <= numbers[-1]:
+            return value
+        raise ValueError("write a number from 1, or [min, max]")
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """Fewest and most replicas."""
+        return self.replicas if isinstance(self.replicas, tuple) else (self.replicas, self.replicas)
