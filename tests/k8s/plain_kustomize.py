@@ -19,8 +19,7 @@ Object = dict[str, Any]
 KNOWN = {
     "apiVersion", "kind", "resources", "components", "patches", "configMapGenerator", "replacements", "labels", "namespace",
 }  # fmt: skip
-CLUSTER_SCOPED = {"Namespace", "PriorityClass"}
-GENERATED_BY = "configMapGenerator"
+CLUSTER_SCOPED = {"PriorityClass"}
 
 
 def render(folder: Path) -> list[Object]:
@@ -49,7 +48,9 @@ def _build(folder: Path, objects: list[Object]) -> list[Object]:
         _patch(patch, objects)
     if namespace := kustomization.get("namespace"):
         for item in objects:
-            if item["kind"] not in CLUSTER_SCOPED:
+            if item["kind"] == "Namespace":
+                item["metadata"]["name"] = namespace
+            elif item["kind"] not in CLUSTER_SCOPED:
                 item["metadata"]["namespace"] = namespace
     for entry in kustomization.get("labels", []):
         for item in objects:
@@ -65,7 +66,7 @@ def _build(folder: Path, objects: list[Object]) -> list[Object]:
 def _generate(folder: Path, generator: Object, objects: list[Object]) -> None:
     options = generator.get("options", {})
     if not options.get("disableNameSuffixHash") or set(generator) - {"name", "files", "behavior", "options"}:
-        raise ValueError(f"{folder}: {GENERATED_BY} {generator['name']} uses what this renderer doesn't know")
+        raise ValueError(f"{folder}: configMapGenerator {generator['name']} uses what this renderer doesn't know")
     data = {Path(name).name: (folder / name).read_text(encoding="utf-8") for name in generator["files"]}
     if generator.get("behavior") == "replace":
         (found,) = select(objects, {"kind": "ConfigMap", "name": generator["name"]})
