@@ -54,7 +54,8 @@ class Rendered:
     def templates(self) -> dict[str, Object]:
         """Every pod template there is."""
         jobs = {"train submitter": self.one("RayJob")["spec"]}
-        jobs |= {"retrain submitter": cron["spec"]["jobTemplate"] for cron in self.all("RayCronJob")}
+        for cron in self.all("RayCronJob"):
+            jobs["retrain submitter"] = cron["spec"]["jobTemplate"]
         submitters = {name: job["submitterPodTemplate"] for name, job in jobs.items()}
         others = {item["metadata"]["name"]: item["spec"]["template"] for kind in ("Deployment", "StatefulSet") for item in self.all(kind)}
         return {**self.ray_templates(), **submitters, **others}

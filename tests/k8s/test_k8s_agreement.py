@@ -49,7 +49,7 @@ def test_jobs_run_the_documented_command_and_the_command_line_accepts_it(prod: R
         assert [python, dash_m, module, *arguments[:2]] == ["python", "-m", "plora_ray.train_all", "--config", SETTINGS_FILE]
         assert importlib.util.find_spec(module) is not None
         command = typer.main.get_command(app).commands["train-all"]  # type: ignore[attr-defined]
-        command.make_context("", arguments)  # raises a usage error that names what is wrong
+        command.make_context("", list(arguments))  # raises a usage error that names what is wrong
     assert arguments[2:] == ["--only-users-with-new-data"]
 
 

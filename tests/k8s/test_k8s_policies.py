@@ -25,17 +25,13 @@ class Network:
     def reaches(self, source: dict[str, str], target: dict[str, str], port: int, *, namespace: str | None = None) -> bool:
         """Whether a pod labelled `source`, of another namespace if one is given, reaches a pod of ours on a TCP port."""
         home = namespace or self._namespace
-        peers = [rule for policy in self._of(target, "Ingress") for rule in policy.get("ingress", [])]
-        let_in = not self._of(target, "Ingress") or any(
-            self._has_port(rule, port) and ("from" not in rule or any(self._is(peer, source, home) for peer in rule["from"])) for rule in peers
-        )
-        if namespace is not None:
-            return let_in
-        going = [rule for policy in self._of(source, "Egress") for rule in policy.get("egress", [])]
-        let_out = not self._of(source, "Egress") or any(
-            self._has_port(rule, port) and ("to" not in rule or any(self._is(peer, target, home) for peer in rule["to"])) for rule in going
-        )
-        return let_in and let_out
+        let_in = self._lets(target, "Ingress", source, home, port)
+        return let_in if namespace is not None else let_in and self._lets(source, "Egress", target, home, port)
+
+    def _lets(self, pod: dict[str, str], direction: str, other: dict[str, str], home: str, port: int) -> bool:
+        policies, peers = self._of(pod, direction), {"Ingress": "from", "Egress": "to"}[direction]
+        rules = [rule for policy in policies for rule in policy.get(direction.lower(), []) if self._has_port(rule, port)]
+        return not policies or any(peers not in rule or any(self._is(peer, other, home) for peer in rule[peers]) for rule in rules)
 
     def leaves(self, source: dict[str, str], address: str, port: int) -> bool:
         """Whether a pod of ours reaches an address outside on a TCP port."""
@@ -103,7 +99,8 @@ def test_a_ray_cluster_reaches_itself_and_not_the_other_one(network: Network) ->
 def test_the_submitter_and_the_operator_reach_the_dashboard(network: Network) -> None:
     assert network.reaches({**OURS, "app.kubernetes.io/component": "train"}, TRAIN_HEAD, 8265)
     for head in (HEAD, TRAIN_HEAD):
-        assert network.reaches(OPERATOR, head, 8265, namespace="kuberay") and not network.reaches(OPERATOR, head, 10001, namespace="kuberay")
+        assert network.reaches(OPERATOR, head, 8265, namespace="kuberay")
+        assert not network.reaches(OPERATOR, head, 10001, namespace="kuberay")
 
 
 def test_object_storage_is_reached_and_the_nodes_own_role_is_not(network: Network, rendered: Rendered) -> None:

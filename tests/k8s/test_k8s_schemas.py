@@ -100,7 +100,8 @@ def test_the_cluster_accepts_every_object(rendered: Rendered, custom_resources: 
 
 def test_kubernetes_accepts_every_pod(rendered: Rendered) -> None:
     for name, template in rendered.templates().items():
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name.replace(" ", "-"), **template["metadata"]}, "spec": template["spec"]}
+        metadata = {"name": name.replace(" ", "-"), **template["metadata"]}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
 
 
