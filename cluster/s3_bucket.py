@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
+import botocore.config
 import botocore.exceptions
 import botocore.session
 import typer
@@ -16,20 +17,21 @@ RETRY_S = 2.0
 OWNED = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 
 
-def make_bucket(name: str, endpoint_url: str, *, wait_s: float = 0.0) -> bool:
-    """Make the bucket; False if it was there. Tries again for `wait_s` seconds while the server doesn't answer.
+def make_bucket(name: str, endpoint_url: str, *, wait_s: float = 0.0) -> None:
+    """Make the bucket if it is missing. Tries again for `wait_s` seconds while the server doesn't answer.
 
     Raises botocore's errors.
     """
-    client = botocore.session.get_session().create_client("s3", endpoint_url=endpoint_url, region_name="us-east-1")
+    one_try = botocore.config.Config(retries={"total_max_attempts": 1})  # the loop below tries again
+    client = botocore.session.get_session().create_client("s3", endpoint_url=endpoint_url, region_name="us-east-1", config=one_try)
     deadline = time.monotonic() + wait_s
     while True:
         try:
             client.create_bucket(Bucket=name)
-            return True
+            return
         except botocore.exceptions.ClientError as error:
             if error.response["Error"]["Code"] in OWNED:
-                return False
+                return
             if error.response["ResponseMetadata"]["HTTPStatusCode"] < 500 or time.monotonic() > deadline:
                 raise
         except botocore.exceptions.ConnectionError:
@@ -45,11 +47,11 @@ def main(
 ) -> None:
     """Make BUCKET if it is missing."""
     try:
-        made = make_bucket(bucket, endpoint_url, wait_s=wait_s)
+        make_bucket(bucket, endpoint_url, wait_s=wait_s)
     except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
         typer.echo(f"error: no bucket {bucket!r} at {endpoint_url}: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"{bucket}: {'made' if made else 'was there'}")
+    typer.echo(f"bucket {bucket} is there")
 
 
 if __name__ == "__main__":

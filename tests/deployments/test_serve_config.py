@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_production_serve_config_deploys_behind_haproxy_and_answers(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
     publish(AdapterStore(tiny_tree["store"]["uri"]), tiny_tree["model"]["name"], "g1", ["ann"])
     settings = tmp_path / "settings.yaml"
-    settings.write_text(yaml.safe_dump({**tiny_tree, "serving": {"replica_cpus": 0.5}}))
+    settings.write_text(yaml.safe_dump({**tiny_tree, "serving": {"replica_cpus": 0.5, "replicas": [1, 2]}}))
     config = yaml.safe_load((ROOT / "deployments" / "serve.yaml").read_text())
     assert config["applications"][0]["args"] == {"config": "/etc/plora/settings.yaml"}
     config["applications"][0]["args"]["config"] = str(settings)  # the one thing that differs here: where the settings lie
