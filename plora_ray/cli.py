@@ -92,6 +92,26 @@ def serve(config: ConfigOption, port: Annotated[int, typer.Option(help="HTTP por
 
 @app.command()
 @reports_errors
+def predict(
+    config: ConfigOption,
+    source: Annotated[
+        str, typer.Option("--input", help="Rows with user_id and text: parquet, CSV or JSON lines; a path, directory, glob or URL.")
+    ],
+    output: Annotated[str, typer.Option("--output", help="New directory or s3:// URL for parquet files of answers.")],
+    overrides: SetOption = None,
+) -> None:
+    """Answer every row of a table, each by its own user's adapter, on a Ray cluster. Goes on where it stopped."""
+    settings = _settings(config, overrides)
+    from plora_ray.runtime import ray_cluster
+    from plora_ray.scoring.job import cpus_needed, score_table
+
+    with ray_cluster(cpus_needed(settings)), _bar("scoring") as show:
+        scored = score_table(settings, source, output, show)
+    typer.echo(scored.model_dump_json())
+
+
+@app.command()
+@reports_errors
 def evaluate(
     config: ConfigOption,
     protocol: Annotated[str, typer.Option(help="full, few, zero or all.")] = "all",

@@ -38,7 +38,11 @@ class ServingSettings(Section):
 
     refresh_s: how often a replica looks for a new generation and for erased users. adapter_max_age_s: after this long a cached
     adapter is compared with the store again, which bounds how late a replica follows adaptations made elsewhere.
-    model_name: what the Open Inference Protocol calls the model. replicas: a number, or [min, max] that follows the load.
+    resident: whether a replica holds all records of the generation in memory; auto: if they fit cache_bytes. disk_cache_dir: where
+    records are kept on a local disk, up to disk_cache_bytes. pin_users_file, prefetch_users_file: user ids, one a line, whose adapters
+    are loaded when a generation is; pinned ones are never evicted. store_wait_s: how long a request waits for the store.
+    dtype auto: bf16 on a GPU, fp32 on a CPU. model_name: what the Open Inference Protocol calls the model.
+    replicas: a number, or [min, max] that follows the load.
     """
 
     replicas: int | tuple[int, int] = 1
@@ -46,11 +50,18 @@ class ServingSettings(Section):
     replica_gpus: float = Field(0.0, ge=0)
     proxy: Literal["haproxy", "serve"] = "haproxy"
     host: str = "127.0.0.1"
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
     batch_tokens: int = Field(4096, ge=16)
     batch_rows: int = Field(64, ge=1)
     batch_wait_ms: float = Field(2.0, ge=0, le=1000)
     cache_bytes: int = Field(256 * 2**20, ge=0)
+    resident: Literal["auto", "on", "off"] = "auto"
+    disk_cache_dir: Path | None = None
+    disk_cache_bytes: int = Field(10 * 2**30, ge=0)
+    pin_users_file: Path | None = None
+    prefetch_users_file: Path | None = None
+    store_wait_s: float = Field(5.0, gt=0)
     adapter_max_age_s: float = Field(30.0, gt=0)
     unknown_user_ttl_s: float = Field(2.0, ge=0)
     refresh_s: float = Field(1.0, gt=0)

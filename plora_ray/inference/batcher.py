@@ -1,7 +1,8 @@
-"""Rows of many requests through the model together: bounded in tokens, waiting a few milliseconds at most.
+"""Rows of many requests through the model together: bounded in tokens, of like lengths, waiting a few milliseconds at most.
 
 One thread owns the model. A batch starts as soon as the model is free and the oldest row has waited `wait_s`, or enough
-rows are there. Rows whose caller has gone are skipped. Knows nothing of users or generations.
+rows are there. The oldest row is in every batch, so none waits for ever; those that join it are chosen by length, because a
+pass costs what its padded tokens cost. Rows whose caller has gone are skipped. Knows nothing of users or generations.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from plora_ray.errors import PloraError
+from plora_ray.inference.observer import BatchDone, EngineObserver
 
-# token ids of each row and user vectors [rows, d] or None per row -> logits [rows, outputs]
-Forward = Callable[[Sequence[Sequence[int]], Sequence[Tensor | None]], Tensor]
+# token ids of each row and its user's record [user_width] or None -> logits [rows, outputs]
+Forward = Callable[[Sequence[Sequence[int]], Sequence[np.ndarray | None]], Tensor]
+
+LEAST_FILL = 0.8  # a row's tokens by the padded tokens it adds, below which it had better wait for a batch of its like
+CHOSEN_FROM = 8  # times max_rows: the oldest rows among which a batch is chosen
 
 
 class QueueFull(PloraError):
@@ -32,7 +38,7 @@ class EngineClosed(PloraError):
 @dataclass
 class _Row:
     ids: Sequence[int]
-    vector: Tensor | None
+    record: np.ndarray | None  # held until the answer: whatever evicts the user meanwhile doesn't touch it
     arrived_s: float
     future: Future[Tensor] = field(default_factory=Future)
 
@@ -40,11 +46,22 @@ class _Row:
 class Batcher:
     """Futures of logits [outputs] for single rows, computed in batches.
 
-    max_tokens bounds rows x longest row of a batch, max_rows its rows, max_queued the rows waiting.
+    max_tokens bounds rows x longest row of a batch, max_rows its rows, max_queued the rows waiting. pass_tokens: what a pass
+    costs beyond its tokens, in tokens; padding up to it is cheaper than one more pass.
     """
 
-    def __init__(self, forward: Forward, *, max_tokens: int, max_rows: int, wait_s: float, max_queued: int) -> None:
-        self._forward = forward
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        max_tokens: int,
+        max_rows: int,
+        wait_s: float,
+        max_queued: int,
+        pass_tokens: int = 0,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        self._forward, self._observer, self._pass_tokens = forward, observer or EngineObserver(), pass_tokens
         self._max_tokens, self._max_rows, self._wait_s, self._max_queued = max_tokens, max_rows, wait_s, max_queued
         self._rows: deque[_Row] = deque()
         self._changed = threading.Condition()
@@ -52,10 +69,10 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, rows: Sequence[tuple[Sequence[int], Tensor | None]]) -> list[Future[Tensor]]:
-        """Queue rows (token ids, user vector [d] or None), all or none. Raises QueueFull, EngineClosed."""
+    def submit(self, rows: Sequence[tuple[Sequence[int], np.ndarray | None]]) -> list[Future[Tensor]]:
+        """Queue rows (token ids, user's record [user_width] or None), all or none. Raises QueueFull, EngineClosed."""
         now = time.monotonic()
-        queued = [_Row(ids, vector, now) for ids, vector in rows]
+        queued = [_Row(ids, record, now) for ids, record in rows]
         with self._changed:
             if self._closed:
                 raise EngineClosed("this engine was replaced")
@@ -77,12 +94,15 @@ class Batcher:
             live = [row for row in batch if row.future.set_running_or_notify_cancel()]
             if not live:
                 continue
+            began = time.monotonic()
             try:
-                logits = self._forward([row.ids for row in live], [row.vector for row in live])
+                logits = self._forward([row.ids for row in live], [row.record for row in live])
             except Exception as error:  # the callers are told; the thread must go on for others
                 for row in live:
                     row.future.set_exception(error)
                 continue
+            done = _measured(live, began)  # before the callers go on: what they asked for is counted when they look
+            self._observer.on_batch(done)
             for row, result in zip(live, logits, strict=True):
                 row.future.set_result(result)
 
@@ -102,12 +122,27 @@ class Batcher:
         return len(self._rows) >= self._max_rows or sum(len(row.ids) for row in self._rows) >= self._max_tokens
 
     def _take(self) -> list[_Row]:
-        """Oldest rows first, while rows x longest stays in the budget; at least one."""
-        batch: list[_Row] = []
-        longest = 0
-        while self._rows and len(batch) < self._max_rows:
-            longest = max(longest, len(self._rows[0].ids))
-            if batch and longest * (len(batch) + 1) > self._max_tokens:
+        """The oldest row and others of like length, while rows x longest stays in the budget."""
+        near = [self._rows.popleft() for _ in range(min(len(self._rows), CHOSEN_FROM * self._max_rows))]
+        wanted = len(near[0].ids)
+        order = sorted(range(1, len(near)), key=lambda place: abs(len(near[place].ids) - wanted))  # stable: older rows first
+        chosen, tokens, longest = {0}, wanted, wanted
+        for place in order:
+            length = len(near[place].ids)
+            padded = max(longest, length) * (len(chosen) + 1)
+            if len(chosen) == self._max_rows:
                 break
-            batch.append(self._rows.popleft())
-        return batch
+            # What this row adds to the pass, its own padding and that of the others: much more than its tokens, and it had better wait.
+            costly = padded - longest * len(chosen) > length / LEAST_FILL
+            if padded > self._max_tokens or (costly and padded - tokens - length > self._pass_tokens):
+                continue
+            chosen.add(place)
+            tokens, longest = tokens + length, max(longest, length)
+        self._rows.extendleft(row for place, row in reversed(list(enumerate(near))) if place not in chosen)
+        return [row for place, row in enumerate(near) if place in chosen]
+
+
+def _measured(rows: Sequence[_Row], began: float) -> BatchDone:
+    tokens = [len(row.ids) for row in rows]
+    waits = [began - row.arrived_s for row in rows]
+    return BatchDone(len(rows), sum(tokens), len(rows) * max(tokens), waits, time.monotonic() - began)

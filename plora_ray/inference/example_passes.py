@@ -57,6 +57,6 @@ class ExamplePasses:
         return [rows[group] for group in groups]
 
     def _padded(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        device = next(self._loaded.model.parameters()).device
+        device = self._loaded.device
         input_ids, mask = pad([self._ids[row] for row in rows], self._loaded.tokenizer.pad_token_id or 0)
         return input_ids.to(device), mask.to(device)

@@ -101,9 +101,8 @@ class FewShotFitter:
         rows = UserRows(torch.arange(len(labels)), owners, labels, torch.from_numpy(passes.lengths))
         none = UserRows(rows.rows[:0], owners[:0], labels[:0], rows.lengths[:0])
         steps = replace(loaded.fit.steps, max_steps=ADAM_STEPS)
-        device = next(loaded.model.parameters()).device
         seeds = [0] * len(users)
-        return fit_adam(passes, rows, none, starts.to(device), precision, seeds, steps, loaded.labels.task).vectors
+        return fit_adam(passes, rows, none, starts.to(loaded.device), precision, seeds, steps, loaded.labels.task).vectors.cpu()
 
 
 def _groups(users: Sequence[Examples]) -> list[list[int]]:

@@ -43,18 +43,25 @@ class LoadedGeneration:
         """The generation's id."""
         return self.reader.generation
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut to max_length; at least one token each, as in training."""
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        encoded = self.tokenizer(
+            list(texts), truncation=True, max_length=self.max_length, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
         return [ids or [self.tokenizer.pad_token_id or 0] for ids in encoded]
 
 
 def load_generation(
-    store: AdapterStore, generation: str | None = None, *, dtype: torch.dtype = torch.float32, fold: bool = True
+    store: AdapterStore, generation: str | None = None, *, dtype: torch.dtype = torch.float32, fold: bool = True, device: str = "cpu"
 ) -> LoadedGeneration:
-    """Open a generation (the current one by default) and build its model, folded for serving.
+    """Open a generation (the current one by default) and build its model on `device`, folded for serving.
 
     Raises StoreError if there is none, ModelError if the PLM here isn't the one the adapters were trained on.
     """
@@ -73,7 +80,7 @@ def load_generation(
     return LoadedGeneration(
         store=store,
         reader=reader,
-        model=model.fold() if fold else model.eval(),
+        model=(model.fold() if fold else model.eval()).to(device),
         tokenizer=load_tokenizer(spec.model),
         labels=LabelSpace.from_json(config["labels"]),
         fit=UserFit.from_json(config.get("fit")),

@@ -32,7 +32,7 @@ class Figures(BaseModel):
     core_s_per_fitted_row: Figure
     cores_per_gpu: Figure
     replica_process_bytes: Figure
-    resident_bytes_per_user: Figure
+    index_bytes_per_user: Figure
     stored_overhead_bytes_per_user: Figure
     published_users_per_s: Figure
     published_bytes_per_s: Figure

@@ -13,9 +13,10 @@ from plora_ray.training.memory import MAX_USERS_PER_WAVE, SEGMENT_COPIES
 
 FLOAT32_BYTES = 4
 ROW_DIGEST_BYTES = 32  # key and digest of a user beside each segment
-CACHE_ENTRY_BYTES = 512  # what a cached user costs beside its record
+ROOM_FOR_FRESH = 1.125  # of the records, so that fresh adapters find a place beside them
+CACHE_ENTRY_BYTES = 512  # what a user costs beside the record where not all are resident
 GENERATIONS_KEPT = 3  # `plora generations gc` keeps as many
-MODELS_AT_A_SWAP = 2  # a replica loads a new generation beside the one that serves
+ENGINES_AT_A_SWAP = 2  # a replica loads a new generation, users and all, beside the one that serves
 RAY_NODE_BYTES = 2 * 2**30  # raylet, agents, HAProxy and logs beside the replica
 OTHER_OBJECTS = 6  # shared weights, manifest, beginning, two reports, the store's own
 WAVE_MEMORY_BYTES = 2**30
@@ -28,9 +29,9 @@ GiB = 2**30
 class Plan:
     """replicas are Predictors; a worker pod for each and one for the Personalizer. peak_cores: busy when `rps` texts a second come.
 
-    cached_share: of the users, whose adapters fit a replica's memory. generation_bytes: of one in the store; storage_bytes: of all kept.
+    cached_share: of the users, whose adapters fit a replica's memory; all are resident if their records fit the limit.
+    generation_bytes: of one in the store; storage_bytes: of all kept. objects: of a generation, at most.
     gpus: so many finish a run within the hours that it may take; run_hours: with them. core_hours: of the same run on CPUs.
-    objects: at most.
     pod_memory_bytes: of a replica and of the Ray node around it.
     """
 
@@ -64,9 +65,11 @@ def make_plan(demand: Demand, figures: Figures) -> Plan:
     record = FLOAT32_BYTES * demand.width
     generation = demand.users * (record + round(figures.stored_overhead_bytes_per_user.value) + ROW_DIGEST_BYTES)
     peak_cores = demand.rps * _scaled(figures.core_s_per_answer.value, demand, figures)
-    cache = min(demand.users * (record + CACHE_ENTRY_BYTES), demand.cache_limit_bytes)
+    records = demand.users * record
+    is_resident = records <= demand.cache_limit_bytes
+    cache = min(round(ROOM_FOR_FRESH * records), demand.cache_limit_bytes)
     weights = FLOAT32_BYTES * demand.model.parameters
-    resident = demand.users * figures.resident_bytes_per_user.value
+    index = demand.users * figures.index_bytes_per_user.value
     population = demand.rows * demand.epochs * _scaled(figures.core_s_per_population_row.value, demand, figures)
     fitting = demand.rows * _scaled(figures.core_s_per_fitted_row.value, demand, figures)
     core_hours = (population + fitting) / 3600
@@ -81,9 +84,9 @@ def make_plan(demand: Demand, figures: Figures) -> Plan:
         peak_cores=peak_cores,
         replicas=max(2, math.ceil(peak_cores / figures.busy_share.value / demand.replica_cpus)),  # two: one may be lost
         replica_cpus=demand.replica_cpus,
-        replica_memory_bytes=math.ceil(figures.replica_process_bytes.value + MODELS_AT_A_SWAP * (weights + resident) + cache),
+        replica_memory_bytes=math.ceil(figures.replica_process_bytes.value + ENGINES_AT_A_SWAP * (weights + index + cache)),
         cache_bytes=cache,
-        cached_share=min(1.0, cache / (demand.users * (record + CACHE_ENTRY_BYTES))),
+        cached_share=1.0 if is_resident else cache / (demand.users * (record + CACHE_ENTRY_BYTES)),
         gpus=gpus,
         run_hours=core_hours / figures.cores_per_gpu.value / gpus,
         core_hours=core_hours,

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from plora_ray.sizing.demand import Demand
 from plora_ray.sizing.figures import Figure, Figures
-from plora_ray.sizing.plan import GENERATIONS_KEPT, MODELS_AT_A_SWAP, GiB, Plan
+from plora_ray.sizing.plan import ENGINES_AT_A_SWAP, GENERATIONS_KEPT, GiB, Plan
 from plora_ray.sizing.prices import MonthlyCost, Prices
 
 MiB = 2**20
@@ -53,7 +53,7 @@ def _lines(plan: Plan, demand: Demand, figures: Figures) -> Iterator[tuple[str, 
         f"{plan.replicas} of {plan.replica_cpus} CPUs",
         _mark(figures.busy_share) + f"{figures.busy_share.value:.0%} busy, at least two",
     )
-    yield "memory of a replica", _size(plan.replica_memory_bytes), f"process, {MODELS_AT_A_SWAP} models and indexes at a swap, cache"
+    yield "memory of a replica", _size(plan.replica_memory_bytes), f"process, and {ENGINES_AT_A_SWAP} x model, index and cache at a swap"
     yield "users whose adapter is in memory", f"{plan.cached_share:.0%}", f"serving.cache_bytes {_size(plan.cache_bytes)}"
     yield "worker pods to serve", f"{plan.worker_pods} of {_size(plan.pod_memory_bytes)}", "one for the Personalizer"
     yield (

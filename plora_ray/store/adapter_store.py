@@ -25,6 +25,7 @@ from plora_ray.store.manifest import Beginning, Current, Manifest, Tombstone, ch
 from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import SERVING_RETRY_S, ObjectRange, ObjectStore
 from plora_ray.store.reader import GenerationReader
+from plora_ray.store.record_cache import RecordCache
 from plora_ray.store.store_identity import open_identity
 from plora_ray.store.tombstones import Tombstones, tombstone_version, write_tombstone
 from plora_ray.store.writer import GenerationWriter
@@ -202,19 +203,23 @@ class AdapterStore:
         standing = self._decode(key, self.objects.read_many([path]).get(path))
         return standing.adapter if standing else None
 
-    def pull(self, reader: GenerationReader, key: bytes) -> UserAdapter | None:
+    def pull(
+        self, reader: GenerationReader, key: bytes, *, records: RecordCache | None = None, may_be_fresh: bool = True
+    ) -> UserAdapter | None:
         """The adapter to serve this user with, from the store: two requests at the same time, however many users there are.
 
         The newer of the fresh adapter (if it was fitted with this generation's shared weights) and the generation's own; None
         for a user with neither, and for an erased one. Honours an erasure even before the reader's tombstones are refreshed.
-        Raises CorruptObjectError if the bytes can't be proven to be this user's.
+        records: where the generation's record is looked for first. may_be_fresh=False: the caller knows of no fresh adapter,
+        which saves the request for it. Raises CorruptObjectError if the bytes can't be proven to be this user's.
         """
         position = reader.lookup(key)
-        wanted = [ObjectRange(names.fresh(key))]
-        if position is not None:
+        near = records.get(key) if records is not None and position is not None else None
+        wanted = [ObjectRange(names.fresh(key))] if may_be_fresh else []
+        if position is not None and near is None:
             wanted.append(reader.record_range(position))
-        fresh_data, *record = self.objects.read_ranges(wanted)
-        standing = self._decode(key, fresh_data)
+        found = self.objects.read_ranges(wanted) if wanted else []
+        standing = self._decode(key, found.pop(0)) if may_be_fresh else None
         erased = _latest(reader.erased_version(key), standing.erased_version if standing else None)
         outdated = max(erased or "", reader.manifest.version if position is not None else "")
         fresh = standing.adapter if standing else None
@@ -222,7 +227,21 @@ class AdapterStore:
             return fresh
         if position is None or erased is not None:
             return None
-        return reader.adapter_at(position, record[0])
+        if near is not None and records is not None:
+            try:
+                return reader.adapter_at(position, near)
+            except CorruptObjectError:  # only the near copy is damaged
+                records.drop(key)
+                return self.pull(reader, key, records=records, may_be_fresh=may_be_fresh)
+        adapter = reader.adapter_at(position, found[0])
+        if records is not None and found[0] is not None:
+            records.put(key, found[0])
+        return adapter
+
+    def fresh_tags(self) -> dict[bytes, str]:
+        """Every user with a fresh object, erased ones included, and a tag that changes when it is replaced. One listing."""
+        listed = ((names.fresh_key(item.path), item.tag) for item in self.objects.list(names.FRESH))
+        return {key: tag for key, tag in listed if key is not None}
 
     def erase(self, key: bytes) -> str:
         """Erase the user for good: no segment's record of this key is served again, and no adapter fitted before now.

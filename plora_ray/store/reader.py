@@ -7,7 +7,8 @@ the two) and keeps no cache of records.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,12 +17,22 @@ from plora_ray.identity import KEY_BYTES
 from plora_ray.store.adapters import UserAdapter
 from plora_ray.store.manifest import Manifest, SegmentRef
 from plora_ray.store.objects import ObjectRange, ObjectStore
-from plora_ray.store.segments import DIGEST_BYTES, SegmentLayout, ascending, decode_index, verify
+from plora_ray.store.segments import DIGEST_BYTES, SegmentLayout, ascending, decode_index, record_digest, verify
 from plora_ray.store.shared import SharedWeights, decode_shared
 from plora_ray.store.tombstones import Tombstones
 
 MAX_GAP_BYTES = 64 * 1024  # reading this much in vain costs less than a request
 MAX_RANGE_BYTES = 8 * 2**20  # larger requests would keep the others waiting
+RANGES_AT_ONCE = 4  # of a read of everything: bounds its memory
+
+
+@dataclass(frozen=True)
+class RecordBlock:
+    """Records float32 [n, width] of the users from position `first` on. proven: bool [n], whether each is what was trained for its user."""
+
+    first: int
+    records: np.ndarray
+    proven: np.ndarray
 
 
 class GenerationReader:
@@ -73,13 +84,28 @@ class GenerationReader:
 
     def lookup(self, key: bytes) -> int | None:
         """The user's position in the index; None if the generation has no such user or the user is erased. No request."""
-        if key in self._tombstones:
-            return None
+        return None if key in self._tombstones else self.position(key)
+
+    def position(self, key: bytes) -> int | None:
+        """As `lookup`, for erased users, too."""
         wanted = np.frombuffer(key, f"V{KEY_BYTES}")
         position = int(np.searchsorted(self._sorted_keys, wanted)[0])
         if position == self.users or self._keys[position].tobytes() != key:
             return None
         return position
+
+    def lookup_many(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Positions int64 [keys], -1 where `lookup` gives None. No request."""
+        if not self.users:
+            return np.full(len(keys), -1)
+        wanted = np.frombuffer(b"".join(keys), f"V{KEY_BYTES}")
+        positions = np.searchsorted(self._sorted_keys, wanted)
+        inside = np.minimum(positions, self.users - 1)
+        positions[self._sorted_keys[inside] != wanted] = -1
+        for place, key in enumerate(keys):
+            if key in self._tombstones:
+                positions[place] = -1
+        return positions
 
     def keys(self) -> Iterator[bytes]:
         """The keys of all users that aren't erased, ascending."""
@@ -109,6 +135,19 @@ class GenerationReader:
                 adapters[adapter.key] = adapter
         return adapters
 
+    def records(self) -> Iterator[RecordBlock]:
+        """All records in the order of positions, a bounded piece at a time. Raises StoreError; what is damaged is marked."""
+        pieces = []
+        for segment in range(len(self._layouts)):
+            first, stop = int(self._first_rows[segment]), int(self._first_rows[segment + 1])
+            step = max(1, MAX_RANGE_BYTES // (self._layouts[segment].width * 4))
+            pieces += [(start, min(start + step, stop)) for start in range(first, stop, step)]
+        for begin in range(0, len(pieces), RANGES_AT_ONCE):
+            group = pieces[begin : begin + RANGES_AT_ONCE]
+            answers = self._objects.read_ranges([self._range(start, stop - 1) for start, stop in group])
+            for (start, stop), data in zip(group, answers, strict=True):
+                yield self._block(start, stop, data or b"")
+
     def record_range(self, position: int) -> ObjectRange:
         """Where the record of the user at `position` lies."""
         return self._range(position, position)
@@ -136,6 +175,18 @@ class GenerationReader:
             source="generation",
             basis=self.basis,
         )
+
+    def _block(self, start: int, stop: int, data: bytes) -> RecordBlock:
+        """The records from position `start` up to `stop` in the bytes that were read for them, which may be too few."""
+        size = self.manifest.width * 4
+        view, keys, digests = memoryview(data), self._keys[start:stop].tobytes(), self._digests[start:stop].tobytes()
+        proven = np.array([
+            record_digest(keys[row * KEY_BYTES : (row + 1) * KEY_BYTES], view[row * size : (row + 1) * size])
+            == digests[row * DIGEST_BYTES : (row + 1) * DIGEST_BYTES]
+            for row in range(stop - start)
+        ])  # fmt: skip
+        whole = data if len(data) == (stop - start) * size else data.ljust((stop - start) * size, b"\0")
+        return RecordBlock(start, np.frombuffer(whole, "<f4").reshape(stop - start, self.manifest.width), proven)
 
     def _load(self) -> None:
         manifest = self.manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -12,15 +13,27 @@ from pathlib import Path
 import httpx
 import jwt
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from deployments import dashboard
+from deployments.metrics import METRICS
 from plora_ray.client import AsyncClient, Client, RequestFailed
+from plora_ray.config import parse_settings
+from plora_ray.errors import ConfigError
+from plora_ray.scoring.job import score_table
 from plora_ray.store import AdapterStore
 from tests.generations import publish
 
 KEY = "a test key of more than 32 bytes ......"
 USERS = [f"person {index}" for index in range(12)]
 TEXT = "a text that people disagree about"
+METRIC = re.compile(r"\bray_plora_\w+")
+RAYS_OWN_LABELS = {
+    "Component", "NodeAddress", "SessionName", "Version", "WorkerId", "JobId", "NodeId",
+    "otel_scope_name", "otel_scope_version", "otel_scope_schema_url",
+}  # fmt: skip
 EXAMPLES = [("lovely", "yes"), ("dull", "no"), ("fine, I guess", "perhaps"), ("a joy", "yes")]
 
 
@@ -65,7 +78,7 @@ def deployed(tiny_plm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "limits": {"body_bytes": 100_000, "inputs": 50, "text_chars": 1000, "examples": 8, "queued_texts": 200},
         },
     }  # fmt: skip
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _system_config={"metrics_report_interval_ms": 500})
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build({"settings": settings}), name="plora")
@@ -259,3 +272,56 @@ def test_the_interface_describes_itself(deployed: Deployed) -> None:
         paths = http.get("/openapi.json").json()["paths"]
     for path in ("/v1/predict", "/v1/users/{user_id}/examples", "/v1/users/{user_id}", "/v1/generations", "/healthz", "/readyz"):
         assert path in paths
+
+
+def test_every_metric_of_the_dashboard_is_exported_and_none_of_its_labels_names_a_user(deployed: Deployed) -> None:
+    import ray
+
+    user = "somebody with a name"
+    with deployed.client() as client:
+        for _ in range(8):  # both replicas
+            client.predict([(USERS[0], TEXT), (user, TEXT)])
+        client.adapt(user, EXAMPLES)
+        client.erase(user)
+    named = {name for panel in dashboard.dashboard()["panels"] for target in panel["targets"] for name in METRIC.findall(target["expr"])}
+    assert len(named) >= len(METRICS)
+    (port,) = [node["MetricsExportPort"] for node in ray.nodes()]
+    deadline, exported = time.monotonic() + 60, ""
+    while not (named <= set(METRIC.findall(exported)) and re.search(r'call="erase".*outcome="ok"', exported)):
+        assert time.monotonic() < deadline, f"never exported: {sorted(named - set(METRIC.findall(exported)))}"
+        time.sleep(0.2)
+        exported = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    ours = [line for line in exported.splitlines() if METRIC.match(line)]
+    labels = {label for line in ours for label in re.findall(r'(\w+)="', line)}
+    assert labels <= {"le", *(label for metric in METRICS.values() for label in metric.labels), *RAYS_OWN_LABELS}
+    keys = [deployed.store.key(name).hex() for name in (user, USERS[0])]
+    assert not any(word in line for line in ours for word in (user, USERS[0], *keys))
+    resident = [float(line.split()[-1]) for line in ours if line.startswith("ray_plora_resident_users")]
+    assert resident and all(0 < users <= 12 for users in resident)
+
+
+def test_a_table_is_answered_on_the_cluster_and_a_stopped_job_goes_on_with_its_generation(deployed: Deployed, tmp_path: Path) -> None:
+    rows = [((*USERS, "stranger")[place % 13], f"{TEXT} {place}") for place in range(60)]
+    columns = {"user_id": [user for user, _ in rows], "text": [text for _, text in rows]}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet", row_group_size=20)
+    tree = {"model": {"name": deployed.plm, "max_length": 32}, "store": {"uri": deployed.store.uri}, "serving": {"replica_cpus": 0.5}}
+    settings, seen = parse_settings(tree), []
+    out = tmp_path / "out"
+    scored = score_table(settings, str(tmp_path / "rows.parquet"), str(out), lambda done, total: seen.append((done, total)))
+    assert (scored.rows, scored.personal, scored.skipped) == (60, sum(user in USERS for user, _ in rows), 0)
+    assert seen[0] == (0, 3) and seen[-1] == (3, 3)
+    first = pq.read_table(out).to_pylist()
+    with deployed.client() as client:
+        served = client.predict(rows[:30])
+    for row, answer in zip(first, served, strict=False):
+        assert (row["user_id"], row["label"], row["personalization"]) == (answer["user_id"], answer["label"], answer["personalization"])
+        assert np.allclose([row["scores"][name] for name in ("no", "perhaps", "yes")], scores(answer), atol=1e-5)
+    publish(deployed.store, deployed.plm, "g9", USERS, seed=9)
+    (out / "_done" / "00001.json").unlink()
+    (out / "part-00001-00000.parquet").unlink()
+    again = score_table(settings, str(tmp_path / "rows.parquet"), str(out))
+    deployed.store.activate("g1")
+    assert again.generation == scored.generation == "g1" and pq.read_table(out).to_pylist() == first
+    pq.write_table(pa.table(columns).slice(1), tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match="holds answers of other rows.*name a new directory"):
+        score_table(settings, str(tmp_path / "rows.parquet"), str(out))

@@ -138,7 +138,7 @@ class Pulls:
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, key: bytes) -> UserAdapter | None:
+    def __call__(self, key: bytes, at_least: str) -> UserAdapter | None:
         self.count += 1
         self.gate.wait(5)
         if self.failure is not None:
@@ -233,6 +233,53 @@ def test_batches_are_bounded_in_padded_tokens_and_every_row_gets_its_own_result(
     batcher.close()
     with pytest.raises(EngineClosed):
         batcher.submit([([1], None)])
+
+
+def test_rows_of_like_lengths_share_a_batch_and_the_oldest_row_is_in_the_first() -> None:
+    sizes: list[tuple[int, int]] = []
+    gate = threading.Event()
+    batcher = batcher_of(sizes, gate, max_tokens=1000, pass_tokens=20)
+    blocker = batcher.submit([([1], None)])
+    while batcher._rows:  # it holds the model while the others queue up
+        pass
+    lengths = [50, 3, 3, 48, 4, 50, 3, 49]
+    futures = batcher.submit([([1] * length, None) for length in lengths])
+    gate.set()
+    assert [future.result(5).item() for future in blocker + futures] == [1, *lengths]
+    batcher.close()
+    assert sizes == [(1, 1), (4, 50), (4, 4)]
+
+
+def test_a_long_row_among_a_stream_of_short_ones_waits_for_no_more_than_one_batch() -> None:
+    sizes: list[tuple[int, int]] = []
+    gate = threading.Event()
+    batcher = batcher_of(sizes, gate, max_tokens=1000, max_rows=4, max_queued=1000)
+    blocker = batcher.submit([([1], None)])
+    while batcher._rows:
+        pass
+    batcher.submit([([1] * 2, None)] * 3)
+    long = batcher.submit([([1] * 90, None)])
+    rest = batcher.submit([([1] * 2, None)] * 40)
+    gate.set()
+    for future in blocker + long + rest:
+        future.result(5)
+    batcher.close()
+    assert sizes.index((1, 90)) == 2, "after the blocker and the batch of the rows before it"
+
+
+def test_padding_that_costs_less_than_one_more_pass_is_taken() -> None:
+    sizes: list[tuple[int, int]] = []
+    gate = threading.Event()
+    batcher = batcher_of(sizes, gate, max_tokens=1000, pass_tokens=40)
+    blocker = batcher.submit([([1], None)])
+    while batcher._rows:
+        pass
+    futures = batcher.submit([([1] * length, None) for length in (10, 2, 2, 2)])
+    gate.set()
+    for future in blocker + futures:
+        future.result(5)
+    batcher.close()
+    assert sizes == [(1, 1), (4, 10)]
 
 
 def test_a_full_queue_refuses_all_rows_of_a_request_and_cancelled_rows_are_skipped() -> None:

@@ -73,8 +73,8 @@ def ray_pod(component: str, node: str) -> dict[str, str]:
 
 
 HEAD, REPLICA, TRAIN_HEAD, RANK = ray_pod("serve", "head"), ray_pod("serve", "worker"), ray_pod("train", "head"), ray_pod("train", "worker")
-# GCS, dashboard, Ray client, replicas' own ports behind HAProxy, metrics
-CLOSED = (6379, 8265, 10001, 30000, 8080)
+# GCS, dashboard, Ray client, replicas' own ports behind HAProxy, metrics, HAProxy's metrics and statistics
+CLOSED = (6379, 8265, 10001, 30000, 8080, 9101, 8404)
 
 
 @pytest.fixture(scope="session")

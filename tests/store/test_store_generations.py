@@ -55,6 +55,54 @@ def test_lookup_agrees_with_a_dictionary(make_users: Make, publish: Make, store:
     strangers = [generator.bytes(16) for _ in range(200)] + [b"\0" * 16, b"\xff" * 16] + near
     for key in [*users, *strangers]:
         assert reader.lookup(key) == positions.get(key)
+    erased, asked = next(iter(users)), [*users, *strangers]
+    store.erase(erased)
+    store.tombstones()
+    found = reader.lookup_many(asked)
+    assert found.tolist() == [-1 if key == erased else positions.get(key, -1) for key in asked]
+    assert reader.lookup(erased) is None and reader.position(erased) == positions[erased]
+
+
+def test_all_records_come_in_bounded_pieces_in_the_order_of_positions_and_damaged_ones_are_marked(
+    store: AdapterStore, make_users: Make, publish: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plora_ray.store.reader.MAX_RANGE_BYTES", 7 * WIDTH * 4)
+    users = make_users(50)
+    publish("g1", users)
+    reader = store.open_generation()
+    ordered = sorted(users)
+    path = reader.manifest.segments[1].path
+    flip(store, path, len(store.objects.read(path)) - 1)  # the last record of the second of three segments: position 33
+    blocks = list(reader.records())
+    assert all(len(block.records) <= 7 for block in blocks)
+    assert [block.first for block in blocks] == np.cumsum([0, *(len(block.records) for block in blocks)])[:-1].tolist()
+    proven = np.concatenate([block.proven for block in blocks])
+    assert np.flatnonzero(~proven).tolist() == [33]
+    records = np.concatenate([block.records for block in blocks])
+    assert all(records[place].tobytes() == users[key][0].tobytes() for place, key in enumerate(ordered) if place != 33)
+    store.objects.delete(path)
+    assert np.flatnonzero(~np.concatenate([block.proven for block in reader.records()])).tolist() == list(range(17, 34))
+
+
+def test_a_record_kept_nearer_saves_the_read_and_one_that_is_damaged_there_is_read_anew(
+    store: AdapterStore, make_users: Make, publish: Make
+) -> None:
+    class Near(dict[bytes, bytes]):
+        put, drop = dict.__setitem__, dict.pop
+
+    users, near = make_users(10), Near()
+    publish("g1", users)
+    reader, (key, other) = store.open_generation(), sorted(users)[:2]
+    assert store.pull(reader, key, records=near).record.tobytes() == near[key] == users[key][0].tobytes()
+    near[other] = near[key]  # another user's bytes prove nothing for this one
+    assert store.pull(reader, other, records=near).record.tobytes() == near[other] == users[other][0].tobytes()
+    store.objects.delete(reader.manifest.segments[0].path)
+    found = store.pull(reader, key, records=near, may_be_fresh=False)
+    assert found.record.tobytes() == users[key][0].tobytes()
+    store.erase(key)
+    assert key in store.fresh_tags() and store.pull(reader, key, records=near) is None
+    store.tombstones()
+    assert store.pull(reader, key, records=near, may_be_fresh=False) is None
 
 
 def test_a_generation_without_a_manifest_does_not_exist(store: AdapterStore, make_users: Make, publish: Make, write_waves: Make) -> None:

@@ -1,0 +1,69 @@
+"""One batch, and rows of real lengths: the engine beside the plain encoder and beside PEFT's mixed-adapter batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.figures import Figure, speed_ratio
+from benchmarks.made_generation import MAX_LENGTH, MODEL, spec_of
+from plora_ray.adapters.inject import Kind
+from plora_ray.adapters.model import PersonalizedModel, pool
+from plora_ray.adapters.pretrained import load_plm, load_tokenizer
+from plora_ray.inference import InferenceEngine
+
+ROWS, TOKENS = 32, 64
+PEFT_RANK = 8
+
+
+@torch.inference_mode()
+def engine_vs_plain_encoder(kind: Kind, *, rounds: int) -> Figure:
+    """A batch of 32 different users through the serving form against the plain encoder with the same head and pooling."""
+    model = PersonalizedModel.from_pretrained(spec_of(kind))
+    for parameter in model.shared_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.02)
+    users = model.population_vector().cpu() + torch.randn(ROWS, model.user_width) * 0.02
+    folded = model.fold()
+    plain, head = load_plm(MODEL), torch.nn.Linear(384, 2)
+    ids = torch.randint(1000, 20_000, (ROWS, TOKENS))
+    mask = torch.ones_like(ids)
+
+    def without_users() -> Tensor:
+        logits: Tensor = head(pool(plain(input_ids=ids, attention_mask=mask).last_hidden_state, mask, "mean"))
+        return logits
+
+    name, goal = ("engine_vs_plain_encoder", 0.97) if kind == "plora" else ("engine_vs_plain_encoder_lora_kind", 0.85)
+    return speed_ratio(name, lambda: folded(ids, mask, users), without_users, rounds=rounds, goal=goal)
+
+
+class PeftMixed:
+    """One LoRA a user in one PEFT model, batches in the order of arrival, each row's adapter named: as PEFT documents it."""
+
+    def __init__(self, users: list[str]) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=PEFT_RANK, lora_alpha=2 * PEFT_RANK, target_modules=["query", "value"], init_lora_weights=False)
+        self._model: Any = get_peft_model(load_plm(MODEL), config, adapter_name=users[0])
+        for user in users[1:]:
+            self._model.add_adapter(user, config)
+        self._model.eval()
+        self._head, self._tokenizer = torch.nn.Linear(384, 2), load_tokenizer(MODEL)
+
+    @torch.inference_mode()
+    def predict(self, rows: list[tuple[str, str]]) -> list[list[float]]:
+        """Probabilities of each row."""
+        found: list[list[float]] = []
+        for start in range(0, len(rows), ROWS):
+            batch = rows[start : start + ROWS]
+            tokens = self._tokenizer([text for _, text in batch], truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt")
+            hidden = self._model(**tokens, adapter_names=[user for user, _ in batch]).last_hidden_state
+            found += torch.softmax(self._head(pool(hidden, tokens["attention_mask"], "mean")), -1).tolist()
+        return found
+
+
+def engine_vs_peft_adapter_names(name: str, engine: InferenceEngine, rows: list[tuple[str, str]], *, rounds: int) -> Figure:
+    """Rows of different users with real lengths, tokenised by both sides: seconds of PEFT's `adapter_names` / the engine's."""
+    peft = PeftMixed(list(dict.fromkeys(user for user, _ in rows)))
+    return speed_ratio(name, lambda: engine.predict(rows), lambda: peft.predict(rows), rounds=rounds, goal=3.0)
