@@ -17,8 +17,8 @@ import torch
 import typer
 
 from benchmarks.figures import Figure, spread
-from benchmarks.population import UserRows, train_population
-from benchmarks.step import MODEL, OUTPUTS, ROWS, TOKENS, PersonalStep, one_rank
+from benchmarks.population import UserRows, join_alone, train_population
+from benchmarks.step import MODEL, OUTPUTS, ROWS, TOKENS, PersonalStep
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 
 USERS, ROWS_PER_USER = 40, 16
@@ -51,9 +51,9 @@ def population_row() -> Figure:
     """A row of the population stage: forward, backward and both optimisers."""
     ids, users = torch.randint(1000, 20_000, (ROWS, TOKENS)), torch.arange(ROWS)
     labels = torch.randint(0, OUTPUTS, (ROWS,))
-    with one_rank():
-        ours = PersonalStep()
-        return core_seconds("core_s_per_population_row", lambda: ours.step(ids, torch.ones_like(ids), users, labels), ROWS)
+    join_alone()
+    ours = PersonalStep()
+    return core_seconds("core_s_per_population_row", lambda: ours.step(ids, torch.ones_like(ids), users, labels), ROWS)
 
 
 def fitted_row() -> Figure:
