@@ -18,7 +18,7 @@ from deployments.fitting import FitRequest, FitResult, FittingService
 from deployments.metrics import ServingMetrics
 from deployments.prediction import PredictionService
 from deployments.routes import create_api
-from plora_ray.config import Settings, load_settings, parse_settings
+from plora_ray.config import ServingSettings, Settings, load_settings, parse_settings
 from plora_ray.errors import ConfigError
 from plora_ray.opening import UNENCRYPTED
 
@@ -97,13 +97,25 @@ def build(args: dict[str, Any]) -> serve.Application:
     resources = {"num_cpus": serving.replica_cpus, "num_gpus": serving.replica_gpus}
     personalizer = Personalizer.options(ray_actor_options=resources).bind(settings.model_dump(mode="json"))  # type: ignore[attr-defined]
     predictor = _predictor(settings).options(
-        num_replicas=serving.replicas, max_ongoing_requests=serving.limits.queued_texts, ray_actor_options=resources,
+        **_replicas(serving), max_ongoing_requests=serving.limits.queued_texts, ray_actor_options=resources,
         # A replica that goes takes nothing new, and ends what it has: no request may take longer.
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S, graceful_shutdown_timeout_s=serving.request_timeout_s + DRAIN_MARGIN_S,
         **({"request_router_config": RequestRouterConfig(request_router_class=ROUTER)} if serving.proxy == "serve" else {}),
     )  # fmt: skip
     application: serve.Application = predictor.bind(personalizer)
     return application
+
+
+def _replicas(serving: ServingSettings) -> dict[str, Any]:
+    """Ray Serve's options for a fixed number of replicas, or for one that follows the requests under way."""
+    fewest, most = serving.replica_range
+    if fewest == most:
+        return {"num_replicas": most}
+    # A full batch at work and one that gathers behind it: more than that waits, and another replica helps.
+    return {
+        "num_replicas": "auto",
+        "autoscaling_config": {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": 2 * serving.batch_rows},
+    }
 
 
 def _settings(args: dict[str, Any]) -> Settings:

@@ -104,7 +104,7 @@ def _announce(settings: Settings, port: int) -> None:
 def _cpus(settings: Settings) -> int:
     """Enough logical CPUs for every replica and the Personalizer, however few the machine has; Ray only counts them."""
     serving = settings.serving
-    return max(os.cpu_count() or 1, int(serving.replica_cpus * (serving.replicas + 1)) + 1)
+    return max(os.cpu_count() or 1, int(serving.replica_cpus * (serving.replica_range[1] + 1)) + 1)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -17,6 +17,7 @@ from plora_ray.errors import ConfigError
         ({"modell": {}}, "unknown setting 'modell': did you mean 'model'"),
         ({"training": {"learning_rat": 1}}, "unknown setting 'training.learning_rat': did you mean 'training.learning_rate'"),
         ({"serving": {"limits": {"body_byte": 1}}}, "did you mean 'serving.limits.body_bytes'"),
+        ({"serving": {"replicas": [3, 2]}}, r"'serving.replicas': write a number from 1, or \[min, max\] \(got \[3, 2\]\)"),
         ({"data": {"sorce": "x"}}, "did you mean 'data.source'"),
         ({"training": {"epochs": 0}}, "setting 'training.epochs'.*greater than or equal to 1.*got 0"),
         ({"adapter": {"rank": "many"}}, "setting 'adapter.rank'"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from plora_ray.config.section import Section
 
@@ -78,9 +78,10 @@ class ServingSettings(Section):
     are loaded when a generation is; pinned ones are never evicted. store_wait_s: how long a request waits for the store.
     dtype auto: bf16 on a GPU, fp32 on a CPU. model_name: what the Open Inference Protocol calls the model. give_shared: whether
     callers with scope adapt may read the shared parameters, to fit adapters themselves.
+    replicas: a number, or [min, max] that follows the load.
     """
 
-    replicas: int = Field(1, ge=1)
+    replicas: int | tuple[int, int] = 1
     replica_cpus: float = Field(1.0, ge=0)
     replica_gpus: float = Field(0.0, ge=0)
     proxy: Literal["haproxy", "serve"] = "haproxy"
@@ -112,3 +113,17 @@ class ServingSettings(Section):
         if self.limits.requests_per_minute is not None and self.auth.algorithm is None:
             raise ValueError("serving.limits.requests_per_minute counts by token: set serving.auth.algorithm, or remove it")
         return self
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        """One sentence for what would else be a complaint from each type that the value isn't."""
+        numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+        if all(type(item) is int and item > 0 for item in numbers) and numbers[0] <= numbers[-1]:
+            return value
+        raise ValueError("write a number from 1, or [min, max]")
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """Fewest and most replicas."""
+        return self.replicas if isinstance(self.replicas, tuple) else (self.replicas, self.replicas)

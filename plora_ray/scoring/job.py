@@ -100,7 +100,7 @@ def score_table(settings: Settings, location: str, output: str, progress: Progre
 
 def cpus_needed(settings: Settings) -> int:
     """CPUs that a private cluster must count for all engines at once, however few the machine has."""
-    return max(os.cpu_count() or 1, math.ceil(settings.serving.replicas * settings.serving.replica_cpus) + 1)
+    return max(os.cpu_count() or 1, math.ceil(settings.serving.replica_range[1] * settings.serving.replica_cpus) + 1)
 
 
 class Scorer:
@@ -174,7 +174,7 @@ def _run(
             Scorer,
             fn_constructor_args=(settings.model_dump(mode="json"), source.model_dump(mode="json"), generation, target),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(serving.replicas, len(items))),
+            compute=ray.data.ActorPoolStrategy(size=min(serving.replica_range[1], len(items))),
             num_cpus=serving.replica_cpus,
             num_gpus=serving.replica_gpus or None,
         )
