@@ -10,6 +10,7 @@ from pathlib import Path
 
 from plora_ray.config import Settings
 from plora_ray.errors import ConfigError, PloraError
+from plora_ray.opening import UNENCRYPTED
 from plora_ray.runtime import private_cluster_environment, ray_temp_dir
 
 PROXY_READY_WITHIN_S = 60  # Serve's own 5 s kills a proxy that only starts slowly on a busy machine
@@ -97,6 +98,8 @@ def _announce(settings: Settings, port: int) -> None:
     print(f"ready: http://{_reachable(settings.serving.host)}:{port}  (interface: /docs, stop: Ctrl-C)", flush=True)
     if settings.serving.auth.algorithm is None:
         print("AUTHENTICATION IS OFF: whoever reaches this port may read, adapt and erase every user (serving.auth.algorithm)", flush=True)
+    if settings.store.encryption is None:
+        print(UNENCRYPTED, flush=True)
     if settings.serving.proxy == "haproxy":
         print("HAProxy and the replicas listen on all interfaces; serving.proxy=serve listens on serving.host only", flush=True)
 

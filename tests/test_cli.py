@@ -89,3 +89,31 @@ def test_bad_usage_and_bad_configuration_exit_with_2(world: tuple[AdapterStore, 
     assert code == 2 and err == "error: unknown setting 'stor': did you mean 'store'?\n"
     assert plora(str(tmp_path / "none.yaml"), "users", "list")[0] == 2
     assert plora(config, "users", "list", "--set", f"store.uri={tmp_path / 'nothing'}")[0] == 1
+
+
+def test_a_plain_store_is_copied_into_an_encrypted_one_whose_root_key_is_then_changed(
+    world: tuple[AdapterStore, str], tmp_path: Path
+) -> None:
+    _, config = world
+    old, new = tmp_path / "root.key", tmp_path / "next.key"
+    old.write_text("1d" * 32)
+    new.write_text("2e" * 32)
+    to = str(tmp_path / "encrypted")
+    assert plora(config, "generations", "copy", "g2", "--to", to, "--key-file", str(old))[0] == 0
+    there = ["--set", f"store.uri={to}"]
+    with_old, with_new = [*there, "--set", f"store.encryption.key_file={old}"], [*there, "--set", f"store.encryption.key_file={new}"]
+    assert plora(config, "generations", "activate", "g2", *with_old)[0] == 0
+    assert plora(config, "store", "rotate-key", *with_old)[0] == 2, "without a new key there is nothing to do"
+    code, out, err = plora(config, "store", "rotate-key", "--key-file", str(new), "--rewrap", *with_old)
+    assert (code, out) == (0, "new data keys are wrapped by version 2 of the ring\n"), err
+    for settings, message in ((with_old, "under another root key"), (there, "is encrypted: set store.encryption")):
+        code, _, err = plora(config, "users", "show", "ann", *settings)
+        assert code == 1 and message in err and err.count("\n") == 1
+    shown = json.loads(plora(config, "users", "show", "ann", *with_new)[1])
+    assert shown["adapter"]["source"] == "generation" and shown["traces"]["data_key"] is True
+    assert plora(config, "users", "erase", "ann", *with_new)[0] == 0
+    assert json.loads(plora(config, "users", "show", "ann", *with_new)[1])["traces"]["data_key"] is False
+    for settings in (with_new, there):
+        code, out, err = plora(config, "store", "fsck", *settings)
+        assert code == 0 and json.loads(out)["data_keys"] == 2, err
+    assert json.loads(plora(config, "users", "show", "ann")[1])["traces"]["data_key"] is None, "the plain store is as it was"

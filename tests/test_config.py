@@ -37,6 +37,11 @@ from plora_ray.errors import ConfigError
         ({"training": {"user_solver": "adam", "adam": {"pull": 3}}}, "training.adam.pull means nothing with adapter.kind plora"),
         ({"training": {"num_workers": True}}, "'training.num_workers': write a number"),
         ({"training": {"activation_disk_mb": 9}}, "activation_disk_mb means nothing without adapter.top_layers"),
+        ({"store": {"encryption": {}}}, "store.encryption.*set exactly one of key_file, key_env and kms_key_id, not none"),
+        ({"store": {"encryption": {"key_env": "A", "kms_key_id": "b"}}}, "not key_env and kms_key_id"),
+        ({"store": {"encryption": {"key_fil": "A"}}}, "did you mean 'store.encryption.key_file'"),
+        ({"store": {"sse": {"mode": "AES256"}}}, "sse is S3's own encryption, and uri is var/store"),
+        ({"store": {"uri": "s3://b/p", "sse": {"mode": "AES256", "kms_key_id": "k"}}}, "kms_key_id means nothing with mode AES256"),
         ({"training": {"adam": {"epochs": 3}}}, "training.adam.epochs means nothing to training.user_solver newton"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -73,7 +73,8 @@ def _valid_keys(path: Sequence[str]) -> list[str]:
     model: Any = Settings
     for key in path:
         field = model.model_fields.get(key)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        choices = [] if field is None else get_args(field.annotation) or [field.annotation]  # a section, or a section that may be null
+        model = next((choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)), None)
+        if model is None:
             return []
-        model = field.annotation
     return list(model.model_fields)

@@ -42,13 +42,15 @@ class DecryptionCheck:
         lacking = len(records.keys() - self._users)
         if lacking:
             raise CorruptObjectError(f"has {lacking} users whose data keys are gone: restore their shards below keys/")
-        if not self._locked and self._store.records.open_many(records, name)[1]:
+        if not self._locked and set(self._store.records.open_many(records, name)[1]) - self._store.tombstones().keys():
             raise CorruptObjectError("holds records that their data keys don't open: restore it or train again")
 
     def check_fresh(self, adapter: UserAdapter) -> None:
         """Check a fresh adapter. Raises CorruptObjectError."""
         if not self._locked:
             self._store.fresh.opened(adapter)
+        elif adapter.key not in self._users and adapter.version > (self._store.tombstones().get(adapter.key) or ""):
+            raise CorruptObjectError("has no data key: restore its shard below keys/")
 
     @property
     def _locked(self) -> bool:

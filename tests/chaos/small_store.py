@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from plora_ray.adapters.labels import LabelSpace
-from plora_ray.store import AdapterStore, ModelRef, UserAdapter, new_version
+from plora_ray.store import AdapterStore, ModelRef, RootKeySource, UserAdapter, new_version
 
-USERS = [f"user-{number}" for number in range(8)]
+SECRET = b"of every small store that is encrypted"
+ROOT_KEY_VARIABLE = "CHAOS_ROOT_KEY"
+USERS = [f"user-{number}" for number in (96, 132, 333, 398, 74, 252, 376, 645)]  # of two key shards, which keeps the steps few
 WIDTH = 3
 State = dict[str, bytes]
 
@@ -44,9 +46,16 @@ def nobody_watches(done: int, users: int) -> None:
     pass
 
 
-def prepared(uri: str | None = None, options: dict[str, Any] | None = None, width: int = WIDTH) -> AdapterStore:
+def opened(uri: str, options: dict[str, Any] | None = None) -> AdapterStore:
+    """The store as another process opens it; one whose name says so is encrypted."""
+    if not uri.endswith("/encrypted"):
+        return AdapterStore(uri, options)
+    return AdapterStore(uri, options, SECRET, encryption=RootKeySource(key_env=ROOT_KEY_VARIABLE))
+
+
+def prepared(uri: str | None = None, options: dict[str, Any] | None = None, width: int = WIDTH, kind: str = "plain") -> AdapterStore:
     """Two generations of the same shared weights, two users adapted since and one erased; in memory if not elsewhere."""
-    store = AdapterStore(uri or f"memory://{uuid.uuid4().hex}", options)
+    store = opened(uri or f"memory://{uuid.uuid4().hex}/{kind}", options)
     publish(store, "g1", 100.0, width)
     publish(store, "g2", 200.0, width)
     adapt(store, USERS[1], 401.0, width)

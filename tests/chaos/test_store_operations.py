@@ -1,6 +1,7 @@
 """Every operation of the store, disturbed at each of its steps: a fresh reader sees the old or the new state, whole.
 
-A backend in memory stops, errs, cuts an answer short or loses it at its n-th call, for every n until the operation gets by.
+A backend in memory stops, errs, cuts an answer short or loses it at its n-th call, for every n until the operation gets by; in a plain
+and in an encrypted store.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from plora_ray.store.fsck import check
 from plora_ray.store.transfer import copy_generation, open_target
 from plora_ray.training.compaction import compact
 from plora_ray.training.run_state import RunState
-from tests.chaos.small_store import USERS, adapt, nobody_watches, prepared, publish, served
+from tests.chaos.small_store import ROOT_KEY_VARIABLE, USERS, adapt, nobody_watches, opened, prepared, publish, served
 
 
 class Stopped(BaseException):
@@ -88,11 +89,11 @@ OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
 }
 
 
-def disturbed_runs(operation: Callable[[AdapterStore], object], fault: str) -> Iterator[tuple[AdapterStore, bool]]:
+def disturbed_runs(operation: Callable[[AdapterStore], object], fault: str, kind: str) -> Iterator[tuple[AdapterStore, bool]]:
     """The store and whether the operation was acknowledged, for a fault at each of its calls; ends when it gets by without one."""
     for at in itertools.count():
-        store = prepared()
-        faulty = AdapterStore(store.uri)
+        store = prepared(kind)
+        faulty = opened(store.uri)
         faulty.objects._backend = backend = FaultyBackend(faulty.objects._backend, fault, at)  # type: ignore[assignment]
         try:
             operation(faulty)
@@ -102,22 +103,26 @@ def disturbed_runs(operation: Callable[[AdapterStore], object], fault: str) -> I
         if not backend.met:
             assert acknowledged and at > 0
             return
-        yield AdapterStore(store.uri), acknowledged
+        yield opened(store.uri), acknowledged
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.0001)
+    monkeypatch.setenv(ROOT_KEY_VARIABLE, "7e" * 32)
 
 
 @pytest.mark.parametrize("fault", ["stop", "stop after", "error", "passing", "lost", "short"])
+@pytest.mark.parametrize("kind", ["plain", "encrypted"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_fault_at_any_step_leaves_the_old_or_the_new_state_whole_and_the_operation_typed_again_ends_it(name: str, fault: str) -> None:
+def test_a_fault_at_any_step_leaves_the_old_or_the_new_state_whole_and_the_operation_typed_again_ends_it(
+    name: str, kind: str, fault: str
+) -> None:
     operation = OPERATIONS[name]
-    old, undisturbed = served(prepared()), prepared()
+    old, undisturbed = served(prepared(kind)), prepared(kind)
     operation(undisturbed)
     new = served(undisturbed)
-    for store, acknowledged in disturbed_runs(operation, fault):
+    for store, acknowledged in disturbed_runs(operation, fault, kind):
         state = served(store)
         assert state in ((new,) if acknowledged else (old, new))
         assert acknowledged or fault not in ("passing", "lost"), "what passes is ridden out"
@@ -128,15 +133,18 @@ def test_a_fault_at_any_step_leaves_the_old_or_the_new_state_whole_and_the_opera
         assert served(store) == new
         found = check(store, nobody_watches)
         assert found.problems == [] and found.unknown == []
+        if kind == "encrypted" and name == "erase":
+            assert store.keys is not None and not store.keys.has(store.key(USERS[1]))
         if name == "compact":
             assert store.objects.list("runs") == []
         if name == "gc":
             assert [info.generation for info in store.generations()] == ["g2"] == store.objects.folders(names.GENERATIONS)
 
 
-def test_two_compactions_at_once_make_one_generation_and_lose_nothing() -> None:
-    store = prepared()
-    before, other = served(store), AdapterStore(store.uri)
+@pytest.mark.parametrize("kind", ["plain", "encrypted"])
+def test_two_compactions_at_once_make_one_generation_and_lose_nothing(kind: str) -> None:
+    store = prepared(kind)
+    before, other = served(store), opened(store.uri)
     done: list[Any] = []
 
     def meanwhile(written: int, users: int) -> None:
@@ -148,7 +156,7 @@ def test_two_compactions_at_once_make_one_generation_and_lose_nothing() -> None:
         done.append(compact(store, meanwhile))
     except StoreError as error:
         assert "another writer" in str(error) or "was never begun" in str(error) or "doesn't exist" in str(error)
-    assert served(AdapterStore(store.uri)) == before and store.current() == done[0].generation
+    assert served(opened(store.uri)) == before and store.current() == done[0].generation
     assert RunState(store.objects, "none").head() is None and check(store, nobody_watches).problems == []
 
 

@@ -23,7 +23,7 @@ from plora_ray.client import AsyncClient, Client, RequestFailed
 from plora_ray.config import parse_settings
 from plora_ray.errors import ConfigError
 from plora_ray.scoring.job import score_table
-from plora_ray.store import AdapterStore
+from plora_ray.store import AdapterStore, RootKeySource
 from tests.generations import publish
 
 KEY = "a test key of more than 32 bytes ......"
@@ -57,11 +57,13 @@ class Deployed:
 
 @pytest.fixture(scope="module")
 def deployed(tiny_plm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
-    """Two replicas and a Personalizer over a store with one generation, authentication on."""
-    store = AdapterStore(str(tmp_path_factory.mktemp("serving") / "store"))
-    publish(store, tiny_plm, "g1", USERS)
+    """Two replicas and a Personalizer over an encrypted store with one generation, authentication on."""
     key_file: Path = tmp_path_factory.mktemp("keys") / "key"
     key_file.write_text(KEY)
+    root_key = key_file.with_name("root.key")
+    root_key.write_text("a7" * 32)
+    store = AdapterStore(str(tmp_path_factory.mktemp("serving") / "store"), encryption=RootKeySource(key_file=root_key))
+    publish(store, tiny_plm, "g1", USERS)
     import ray
     from ray import serve
 
@@ -71,7 +73,7 @@ def deployed(tiny_plm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     port = free_port()
     settings = {
         "model": {"name": tiny_plm, "max_length": 32},
-        "store": {"uri": store.uri},
+        "store": {"uri": store.uri, "encryption": {"key_file": str(root_key)}},
         "serving": {
             "replicas": 2, "replica_cpus": 0.5, "refresh_s": 0.2, "unknown_user_ttl_s": 0.5, "adapter_max_age_s": 0.5,
             "auth": {"algorithm": "HS256", "key_file": str(key_file)},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from plora_ray.errors import CorruptObjectError
-from plora_ray.store import new_version
+from plora_ray.store import AdapterStore, RootKeySource, new_version
 from plora_ray.store.encryption.ring import Ring
 from plora_ray.store.encryption.sealing import SealBroken
 from plora_ray.store.encryption.shards import ROW_BYTES, KeyRow, KeyShard, expected_range, find_row, version_bytes
@@ -93,3 +96,22 @@ def test_safetensors_reads_a_shard(tmp_path: object) -> None:
         file.write(shard_of({b"u" * 16: (bytes(32), bytes(16))}).encode())
     with safe_open(path, "np") as shard:
         assert shard.get_tensor("rows").shape == (1, 96) and shard.metadata()["format_version"] == "1"
+
+
+@pytest.mark.parametrize("place", ["file", "s3", "memory"], indirect=True)
+def test_writers_who_meet_at_a_shard_agree_on_every_users_key(place: tuple[str, Any], root_key: RootKeySource) -> None:
+    stores = [AdapterStore(*place, encryption=root_key) for _ in range(3)]
+    users = [bytes([number % 2]) + bytes(14) + bytes([number]) for number in range(24)]
+    told: list[dict[bytes, bytes]] = []
+
+    def work(number: int) -> None:
+        mine = users[number * 4 :] + users[: number * 2]
+        told.append(dict(zip(mine, stores[number % 3].keys.for_records(mine), strict=True)))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    standing = stores[0].keys.get_many(users)
+    assert len(told) == 6 and len(standing) == 24 and all(standing[user] == key for part in told for user, key in part.items())

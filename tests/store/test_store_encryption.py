@@ -410,3 +410,37 @@ def test_the_check_tells_users_without_a_key_from_erased_ones_and_needs_no_root_
         locked.open_generation().get(kept.key("user-4"))
     version = locked.erase(kept.key("user-4"))
     assert version and not kept.keys.has(kept.key("user-4")), "erasing needs no root key"
+
+
+def test_a_large_shard_is_read_by_one_range_and_whole_only_when_the_row_is_not_in_it(
+    store: AdapterStore, make_fresh: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = np.random.default_rng(0).integers(0, 256, (3000, 16), dtype=np.uint8)
+    drawn[:, 0] = 7
+    users = [bytes(key) for key in drawn]
+    made = dict(zip(users, store.keys.for_records(users), strict=True))
+    adapter = replace(make_fresh("x", basis="1" * 64), key=users[5])
+    store.put_fresh(adapter)
+    size = len(store.objects.read(names.key_shard(7)))
+    reading = AdapterStore(store.uri, encryption=RootKeySource(key_env="TEST_ROOT_KEY"))
+    reading.keys.look_around()
+    asked: list[int] = []
+    read = reading.objects._backend.read
+
+    def counted(path: str, start: int | None = None, stop: int | None = None) -> bytes:
+        data = bytes(read(path, start, stop))
+        asked.append(len(data) if path.startswith("keys/") else 0)
+        return data
+
+    monkeypatch.setattr(reading.objects._backend, "read", counted)
+    standing = reading.fresh.read(users[5])
+    part = reading.objects.read_ranges([reading.keys.range_of(users[5])])[0]
+    assert reading.fresh.opened(standing.adapter, part).record.tobytes() == adapter.record.tobytes()
+    assert 0 < sum(asked) < size / 5, "one range of a fifth at most"
+    asked.clear()
+    assert reading.keys.in_part(users[6], b"something else") == made[users[6]] and sum(asked) == size
+    asked.clear()
+    assert reading.keys.get_many(users[:3]) == {user: made[user] for user in users[:3]} and sum(asked) < size
+    assert reading.keys.get_many([*users, bytes(16)]) == made
+    reading.keys._sizes[7] = 40 * size  # far out of date
+    assert reading.keys.get_many(users[:9]) == {user: made[user] for user in users[:9]}

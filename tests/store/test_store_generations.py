@@ -93,9 +93,10 @@ def test_a_record_kept_nearer_saves_the_read_and_one_that_is_damaged_there_is_re
     users, near = make_users(10), Near()
     publish("g1", users)
     reader, (key, other) = store.open_generation(), sorted(users)[:2]
-    assert store.pull(reader, key, records=near).record.tobytes() == near[key] == users[key][0].tobytes()
+    assert store.pull(reader, key, records=near).record.tobytes() == users[key][0].tobytes()
+    assert (near[key] == users[key][0].tobytes()) != store.encrypted, "what is near is the record as it is stored"
     near[other] = near[key]  # another user's bytes prove nothing for this one
-    assert store.pull(reader, other, records=near).record.tobytes() == near[other] == users[other][0].tobytes()
+    assert store.pull(reader, other, records=near).record.tobytes() == users[other][0].tobytes() and near[other] != near[key]
     store.objects.delete(reader.manifest.segments[0].path)
     found = store.pull(reader, key, records=near, may_be_fresh=False)
     assert found.record.tobytes() == users[key][0].tobytes()

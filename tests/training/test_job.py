@@ -20,10 +20,12 @@ import yaml
 from safetensors.numpy import load_file
 
 from cluster.s3_server import S3Server
-from plora_ray.config import load_settings
+from plora_ray.config import load_settings, parse_settings
 from plora_ray.data.sources import list_units, read_unit
 from plora_ray.inference import InferenceEngine, load_generation
+from plora_ray.opening import open_store
 from plora_ray.store import AdapterStore
+from plora_ray.store.fsck import check
 
 Tree = dict[str, Any]
 
@@ -91,16 +93,20 @@ def test_the_job_publishes_an_adapter_for_every_user_and_its_last_line_says_so(t
     assert b"user-000" not in everything, "the store must not hold raw user ids"
 
 
-def test_the_job_publishes_to_s3_and_leaves_nothing_of_the_run_behind(
+def test_the_job_publishes_encrypted_to_s3_and_leaves_nothing_of_the_run_behind(
     tiny_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("JOB_ROOT_KEY", "3e" * 32)
     with S3Server(tmp_path / "s3") as server:
-        tiny_tree["store"] = {"uri": server.create_bucket("plora") + "/adapters", "endpoint_url": server.endpoint_url}
+        uri = server.create_bucket("plora") + "/adapters"
+        tiny_tree["store"] = {"uri": uri, "endpoint_url": server.endpoint_url, "encryption": {"key_env": "JOB_ROOT_KEY"}}
         result = train(write(tiny_tree, tmp_path))
-        store = AdapterStore.open(tiny_tree["store"]["uri"], {"endpoint_url": server.endpoint_url})
-        assert result["store"] == tiny_tree["store"]["uri"] and store.open_generation().users == 60
+        store = open_store(parse_settings(tiny_tree).store)
+        reader = store.open_generation()
+        assert result["store"] == uri and reader.users == 60 == len(reader.get_many(reader.keys()))
+        assert reader.manifest.encryption == "AES-256-GCM" and check(store, lambda done, total: None).data_keys == 60
         assert not store.objects.list("runs")
 
 
