@@ -45,9 +45,9 @@ class GenerationInfo:
 
 
 class AdapterStore:
-    """The store at `uri` (a path, file://, s3:// or memory://); made if it is missing, unless create=False.
+    """The store at `uri` (a path, file://, s3://, memory:// or what else `backends.py` opens); made if it is missing, unless create=False.
 
-    storage_options  for s3://: key, secret, endpoint_url, client_kwargs, ... as fsspec takes them
+    storage_options  as fsspec's file system takes them; for s3://: key, secret, endpoint_url, client_kwargs, ...
     secret           16 to 64 bytes that key the user hash, kept outside the store; the environment's PLORA_STORE_KEY does the
                      same. With neither, a new store draws a key of its own and keeps it in store.json.
     retry_s          how long passing failures of the storage are ridden out, in every call

@@ -23,18 +23,19 @@ class ConditionalWrites(Protocol):
 
 
 class GoogleWrites:
-    """gcsfs."""
+    """gcsfs. One request an object, however large: it is judged as a whole, which the probe proves of all."""
 
     tag = "generation"
 
     def create(self, fs: Any, path: str, data: bytes) -> None:
-        fs.pipe_file(path, data, mode="create")
+        self.replace_if(fs, path, data, "0")  # the generation of what doesn't exist
 
     def replace_if(self, fs: Any, path: str, data: bytes, tag: str) -> None:
         bucket, key = path.split("/", 1)
         boundary = uuid.uuid4().hex  # drawn: the data can't hold it
         about = f"--{boundary}\r\nContent-Type: application/json\r\n\r\n{json.dumps({'name': key})}\r\n"
-        body = f"{about}--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n".encode() + data + f"\r\n--{boundary}--".encode()
+        before, after = f"{about}--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n", f"\r\n--{boundary}--"
+        body = b"".join([before.encode(), data, after.encode()])
         url = f"{fs._location}/upload/storage/v1/b/{quote(bucket)}/o"
         headers = {"Content-Type": f"multipart/related; boundary={boundary}"}
         fs.call("POST", url, uploadType="multipart", ifGenerationMatch=tag, headers=headers, data=body)

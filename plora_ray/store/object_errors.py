@@ -99,6 +99,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         code = _code(error)
         return f"{error.strerror} ({code})" if code else error.strerror
+    if hasattr(error, "status_code") and hasattr(error, "reason"):
+        return str(error.reason)  # Azure's; its text is a page
     return str(error) or type(error).__name__
 
 

@@ -6,7 +6,6 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,13 +24,18 @@ OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
 WRITES = ("create", "write", "replace_if")
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    monkeypatch.setattr(s3_multipart, "PART_BYTES", 5 * 2**20)
-    monkeypatch.setattr(s3_multipart, "MIN_BYTES", 6 * 2**20)
-    with S3Server(tmp_path / "s3") as server:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
         server.create_bucket("adapters")
         yield server
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of these tests go in parts, too."""
+    monkeypatch.setattr(s3_multipart, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3_multipart, "MIN_BYTES", 6 * 2**20)
 
 
 class WatchedBackend:

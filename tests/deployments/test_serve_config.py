@@ -57,7 +57,8 @@ def deployed(form: str, tree: dict[str, Any], serving: dict[str, Any], folder: P
 
 
 def test_the_production_serve_config_deploys_behind_haproxy_and_answers(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
-    with deployed("serve.yaml", tiny_tree, {"replica_cpus": 0.5, "replicas": [1, 2]}, tmp_path, haproxy_environment()) as url, Client(url) as client:
+    serving = {"replica_cpus": 0.5, "replicas": [1, 2]}
+    with deployed("serve.yaml", tiny_tree, serving, tmp_path, haproxy_environment()) as url, Client(url) as client:
         answers = client.predict([("ann", "a text"), ("somebody", "a text")])
         assert [answer["personalization"] for answer in answers] == ["adapter", "population"]
 

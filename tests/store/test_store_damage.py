@@ -16,7 +16,7 @@ from plora_ray.store.row_digests import read_row_digests
 
 Make = Callable[..., Any]
 Answers = dict[str, Any]
-FLIPS = 100  # of each object, at even distances, each of another bit
+FLIPS = 60  # of each object, at even distances, each of another bit
 KINDS = {  # one object of each, and one of the same kind that could stand in its place
     "identity": ("store.json", None),
     "current": ("current", None),
