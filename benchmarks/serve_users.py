@@ -87,11 +87,11 @@ def resident_users(users: int) -> Iterator[Figure]:
         publish(AdapterStore(f"{folder}/all"), users)
         one, all_ = (_opened_alone(f"{folder}/{name}") for name in ("one", "all"))
     for name, value, unit in (
-        ("resident_million_ready", all_["ready_s"], "s"),
-        ("resident_million_ready.one_user", one["ready_s"], "s"),
-        ("resident_million_memory", all_["mib"], "MiB"),
-        ("resident_million_memory.one_user", one["mib"], "MiB"),
-        ("resident_million_bytes_per_user", (all_["mib"] - one["mib"]) * 2**20 / users, "bytes"),
+        (f"resident_{users}_users.ready", all_["ready_s"], "s"),
+        ("resident_1_user.ready", one["ready_s"], "s"),
+        (f"resident_{users}_users.memory", all_["mib"], "MiB"),
+        ("resident_1_user.memory", one["mib"], "MiB"),
+        (f"resident_{users}_users.bytes_per_user", (all_["mib"] - one["mib"]) * 2**20 / users, "bytes"),
     ):
         yield spread(name, [value], unit=unit, goal=None)
 
