@@ -29,7 +29,7 @@ EXAMPLES = 8
 def ask(engine: InferenceEngine, users: list[str], texts: list[str], *, clients: int = CLIENTS, request_rows: int = REQUEST_ROWS) -> None:
     """Requests of a few rows from several clients at once, until every user was asked for."""
     rows = [(user, texts[place % len(texts)]) for place, user in enumerate(users)]
-    requests = iter([rows[start : start + request_rows] for start in range(0, len(rows), request_rows)])
+    requests = iter([rows[start : start + REQUEST_ROWS] for start in range(0, len(rows), REQUEST_ROWS)])
     lock = threading.Lock()
 
     def client() -> None:
@@ -40,8 +40,8 @@ def ask(engine: InferenceEngine, users: list[str], texts: list[str], *, clients:
                 return
             engine.predict(request)
 
-    with ThreadPoolExecutor(clients) as threads:
-        for running in [threads.submit(client) for _ in range(clients)]:
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        for running in [threads.submit(client) for _ in range(CLIENTS)]:
             running.result()
 
 
