@@ -45,8 +45,8 @@ def main(
         "working_set_4x_cache_s3_vs_in_memory": lambda: [
             working_set_four_times_the_cache(texts, users=400, asked=200 if quick else 1000, rounds=some)
         ],
-        "resident_million": lambda: resident_users(100_000 if quick else 1_000_000),
-        "adaptation": lambda: adaptation(texts, users=64, rounds=some),
+        "resident_users": lambda: resident_users(100_000 if quick else 1_000_000),
+        "adaptation": lambda: adaptation(texts, users=16 if quick else 64, rounds=some),
         "http_vs_engine": lambda: http_vs_engine(texts, users=1000, asked=200 if quick else 1000, rounds=some),
         "http_vs_multiplexed_peft": lambda: http_vs_multiplexed_peft(texts, users=1000, asked=64 if quick else 256, rounds=some),
     }

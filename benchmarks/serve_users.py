@@ -29,7 +29,7 @@ EXAMPLES = 8
 def ask(engine: InferenceEngine, users: list[str], texts: list[str], *, clients: int = CLIENTS, request_rows: int = REQUEST_ROWS) -> None:
     """Requests of a few rows from several clients at once, until every user was asked for."""
     rows = [(user, texts[place % len(texts)]) for place, user in enumerate(users)]
-    requests = iter([rows[start : start + request_rows] for start in range(0, len(rows), request_rows)])
+    requests = iter([rows[start : start + REQUEST_ROWS] for start in range(0, len(rows), REQUEST_ROWS)])
     lock = threading.Lock()
 
     def client() -> None:
@@ -40,8 +40,8 @@ def ask(engine: InferenceEngine, users: list[str], texts: list[str], *, clients:
                 return
             engine.predict(request)
 
-    with ThreadPoolExecutor(clients) as threads:
-        for running in [threads.submit(client) for _ in range(clients)]:
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        for running in [threads.submit(client) for _ in range(CLIENTS)]:
             running.result()
 
 
@@ -87,11 +87,11 @@ def resident_users(users: int) -> Iterator[Figure]:
         publish(AdapterStore(f"{folder}/all"), users)
         one, all_ = (_opened_alone(f"{folder}/{name}") for name in ("one", "all"))
     for name, value, unit in (
-        ("resident_million_ready", all_["ready_s"], "s"),
-        ("resident_million_ready.one_user", one["ready_s"], "s"),
-        ("resident_million_memory", all_["mib"], "MiB"),
-        ("resident_million_memory.one_user", one["mib"], "MiB"),
-        ("resident_million_bytes_per_user", (all_["mib"] - one["mib"]) * 2**20 / users, "bytes"),
+        (f"resident_{users}_users.ready", all_["ready_s"], "s"),
+        ("resident_1_user.ready", one["ready_s"], "s"),
+        (f"resident_{users}_users.memory", all_["mib"], "MiB"),
+        ("resident_1_user.memory", one["mib"], "MiB"),
+        (f"resident_{users}_users.bytes_per_user", (all_["mib"] - one["mib"]) * 2**20 / users, "bytes"),
     ):
         yield spread(name, [value], unit=unit, goal=None)
 
