@@ -21,7 +21,7 @@ from benchmarks.population import UserRows, join_alone, train_population
 from benchmarks.step import MODEL, OUTPUTS, ROWS, TOKENS, PersonalStep
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 
-USERS, ROWS_PER_USER = 40, 16
+USERS, ROWS_PER_USER = 10, 16
 ROUNDS = 9
 # What a replica imports; its weights and users come on top.
 REPLICA = "import deployments.app, plora_ray.inference, psutil; print(psutil.Process().memory_info().rss)"
