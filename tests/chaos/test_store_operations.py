@@ -92,7 +92,7 @@ OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
 def disturbed_runs(operation: Callable[[AdapterStore], object], fault: str, kind: str) -> Iterator[tuple[AdapterStore, bool]]:
     """The store and whether the operation was acknowledged, for a fault at each of its calls; ends when it gets by without one."""
     for at in itertools.count():
-        store = prepared(kind)
+        store = prepared(kind=kind)
         faulty = opened(store.uri)
         faulty.objects._backend = backend = FaultyBackend(faulty.objects._backend, fault, at)  # type: ignore[assignment]
         try:
@@ -119,7 +119,7 @@ def test_a_fault_at_any_step_leaves_the_old_or_the_new_state_whole_and_the_opera
     name: str, kind: str, fault: str
 ) -> None:
     operation = OPERATIONS[name]
-    old, undisturbed = served(prepared(kind)), prepared(kind)
+    old, undisturbed = served(prepared(kind=kind)), prepared(kind=kind)
     operation(undisturbed)
     new = served(undisturbed)
     for store, acknowledged in disturbed_runs(operation, fault, kind):
@@ -143,7 +143,7 @@ def test_a_fault_at_any_step_leaves_the_old_or_the_new_state_whole_and_the_opera
 
 @pytest.mark.parametrize("kind", ["plain", "encrypted"])
 def test_two_compactions_at_once_make_one_generation_and_lose_nothing(kind: str) -> None:
-    store = prepared(kind)
+    store = prepared(kind=kind)
     before, other = served(store), opened(store.uri)
     done: list[Any] = []
 
