@@ -49,7 +49,7 @@ class TensorLayout:
         return slice(self.starts[name], self.starts[name] + spec.nbytes)
 
 
-def encode(tensors: Sequence[tuple[TensorSpec, bytes]], metadata: Mapping[str, str]) -> bytes:
+def encode(tensors: Sequence[tuple[TensorSpec, bytes | memoryview]], metadata: Mapping[str, str]) -> bytes:
     """The file with these tensors, in this order. Raises ValueError when bytes and shape disagree."""
     for spec, data in tensors:
         if len(data) != spec.nbytes:
