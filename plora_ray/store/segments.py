@@ -93,8 +93,7 @@ def encode_segment(keys: np.ndarray, records: np.ndarray, examples: np.ndarray, 
     users, size = len(keys), records.shape[1] * records.itemsize
     width = (size - stored_bytes(0, sealed)) // 4
     counts = examples.astype("<i4").tobytes()
-    # A view where it can be one: a wave's records are its memory.
-    record_bytes = records.data.cast("B") if sealed else records.astype("<f4", copy=False).data.cast("B")
+    record_bytes = (records if sealed else records.astype("<f4", copy=False)).data.cast("B")  # not copied: waves are large
     key_bytes = keys.tobytes()
     digests = b"".join(
         record_digest(key_bytes[row * KEY_BYTES : (row + 1) * KEY_BYTES], record_bytes[row * size : (row + 1) * size])

@@ -280,7 +280,7 @@ def test_a_running_job_never_makes_a_key_for_the_record_of_an_erased_user(
 
     monkeypatch.setattr(store.objects._backend, "read_tagged", erased_meanwhile)
     writer.write_segment(0, keys, records, examples)
-    assert erased and not store.keys.has(early) and not store.keys.has(late) and store.keys.has(returned)
+    assert erased and store.keys.get(early) is None and store.keys.get(late) is None and store.keys.has(returned)
     writer.commit(expected_users=3, model=ModelRef(name="m", weight_hash="0"), adapter_config={})
     assert not any(opens(every_data_key(store), store, user, "g1") for user in (early, late, returned))
     assert store.open_generation().get_many([early, late, returned]) == {} and checked(store).problems == []
@@ -444,3 +444,24 @@ def test_a_large_shard_is_read_by_one_range_and_whole_only_when_the_row_is_not_i
     assert reading.keys.get_many([*users, bytes(16)]) == made
     reading.keys._sizes[7] = 40 * size  # far out of date
     assert reading.keys.get_many(users[:9]) == {user: made[user] for user in users[:9]}
+
+
+@pytest.mark.parametrize("how", ["record", "fresh adapter", "many"])
+def test_a_user_erased_between_the_reads_of_record_and_key_is_simply_not_served(
+    how: str, store: AdapterStore, make_users: Make, publish: Make, make_fresh: Make, root_key: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish("g1", make_users(3))
+    key, other = store.key("user-1"), AdapterStore(store.uri, encryption=root_key)
+    reader = store.open_generation()
+    if how == "fresh adapter":
+        store.put_fresh(make_fresh("user-1", basis=reader.basis))
+    read, erased = store.objects._backend.read, []
+
+    def erased_meanwhile(path: str, *range_: int) -> bytes:
+        if path.startswith("keys/") and not erased:
+            erased.append(other.erase(key))
+        return bytes(read(path, *range_))
+
+    monkeypatch.setattr(store.objects._backend, "read", erased_meanwhile)
+    assert (reader.get_many([key]) == {}) if how == "many" else (store.pull(reader, key) is None)
+    assert erased

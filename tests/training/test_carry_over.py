@@ -21,7 +21,7 @@ from plora_ray.data.table import PartitionTable
 from plora_ray.data.trained_users import TrainedUsers, trained_users
 from plora_ray.errors import DataError, StoreError
 from plora_ray.identity import partition_of
-from plora_ray.store import AdapterStore, ModelRef, ObjectStore, UserAdapter, names, new_version
+from plora_ray.store import AdapterStore, ModelRef, ObjectStore, RootKeySource, UserAdapter, names, new_version
 from plora_ray.store.folding import FreshSnapshot, raise_late_versions
 from plora_ray.store.row_digests import read_row_digests
 from plora_ray.training.carry_over import Base, plan_new_data
@@ -324,15 +324,20 @@ def test_a_published_generation_says_so_and_waits_when_another_one_took_over_fro
     assert not store.objects.list("runs")
 
 
-def test_copying_a_wave_takes_the_memory_that_was_planned_for_it(tiny_tree: dict[str, Any]) -> None:
+@pytest.mark.parametrize("root_key", [None, RootKeySource(key_env="CARRY_ROOT_KEY")], ids=["plain", "encrypted"])
+def test_copying_a_wave_takes_the_memory_that_was_planned_for_it(
+    root_key: RootKeySource | None, tiny_tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CARRY_ROOT_KEY", "9b" * 32)
     users, width = 2000, 2500
-    store = AdapterStore(f"memory://{uuid.uuid4().hex}")
+    store = AdapterStore(f"memory://{uuid.uuid4().hex}", encryption=root_key)
     writer = store.begin("base")
     writer.write_shared({"B": np.ones(2, np.float32)}, {})
     keys = as_rows(sorted(key_of(user) for user in range(users)))
     writer.write_segment(0, keys, np.random.default_rng(0).normal(size=(users, width)).astype(np.float32), np.ones(users, np.int32))
     writer.commit(expected_users=users, model=ModelRef(name="m", weight_hash="0"), adapter_config={})
     reader, again = store.open_generation(), store.begin("next")
+    again.copy_shared(store.objects.read(names.shared("base")))
     nothing = np.zeros(users, np.int32)
     plan = PartitionPlan(
         keys, np.full(users, Action.CARRY, np.uint8), nothing, np.zeros((users, 16), np.uint8), np.empty((0, 0), np.float32), nothing[:0]

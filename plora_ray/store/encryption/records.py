@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from plora_ray.errors import CorruptObjectError
-from plora_ray.store.encryption.sealing import Place, SealBroken, is_sealed, seal, unseal
+from plora_ray.store.encryption.sealing import Place, SealBroken, is_sealed, seal, stored_bytes, unseal
 from plora_ray.store.encryption.user_keys import UserKeys
 
 
@@ -35,13 +35,10 @@ class Records:
         if self.keys is None:
             return records
         keys = [user.tobytes() for user in users]
-        plain = [record.tobytes() for record in records.astype("<f4", copy=False)]
-        data_keys = self.keys.for_records(keys)
-        sealed = [
-            seal(data_key, record, *place.parts(self.keys.store_id, user))
-            for user, record, data_key in zip(keys, plain, data_keys, strict=True)
-        ]
-        return np.frombuffer(b"".join(sealed), np.uint8).reshape(len(users), -1)
+        stored = np.empty((len(users), stored_bytes(records.shape[1], True)), np.uint8)
+        for row, (user, data_key) in enumerate(zip(keys, self.keys.for_records(keys), strict=True)):
+            stored[row] = self.seal(user, records[row], place, data_key)
+        return stored
 
     def seal(self, user: bytes, record: np.ndarray, place: Place, data_key: bytes) -> np.ndarray:
         """One record float32 [width], sealed: uint8 [width * 4 + 28]."""
