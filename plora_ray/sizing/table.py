@@ -46,7 +46,7 @@ def _lines(plan: Plan, demand: Demand, figures: Figures) -> Iterator[tuple[str, 
     yield f"the store, {GENERATIONS_KEPT} generations", _size(plan.storage_bytes), "with shared weights"
     yield "objects of a generation, at most", f"{plan.objects:,}", "partitions and waves as the job cuts them"
     yield "writing a generation", f"{plan.publish_s:,.0f} s", _mark(figures.published_users_per_s) + "by users and by bytes"
-    yield "opening one in a replica", f"{plan.open_s:,.1f} s", _mark(figures.open_s_per_million_users) + "by users"
+    yield "reading its index in a replica", f"{plan.open_s:,.1f} s", _mark(figures.open_s_per_million_users) + "by users"
     yield "cores busy at the peak", f"{plan.peak_cores:,.1f}", _mark(figures.core_s_per_answer) + "tokens x block parameters"
     yield (
         "replicas",
