@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from plora_ray.errors import ConfigError, PloraError
 from plora_ray.opening import UNENCRYPTED
 from plora_ray.runtime import private_cluster_environment, ray_temp_dir
 
+APPLICATION = "plora"
 PROXY_READY_WITHIN_S = 60  # Serve's own 5 s kills a proxy that only starts slowly on a busy machine
 READY_POLL_S = 0.2
 READY_WITHIN_S = 180.0
@@ -62,6 +64,8 @@ def serve_until_interrupted(settings: Settings, port: int) -> None:
             stop.wait()
     finally:
         print("stopping ...", flush=True)
+        with contextlib.suppress(TimeoutError):
+            serve.delete(APPLICATION)  # the replicas end what they have; shutdown alone would take the proxy from under it
         serve.shutdown()
         ray.shutdown()
 
@@ -75,7 +79,7 @@ def _deploy(settings: Settings, host: str, port: int, stop: threading.Event) -> 
     print("starting the replicas ...", flush=True)
     serve.start(http_options=HTTPOptions(host=host, port=port))
     application = build({"settings": settings.model_dump(mode="json")})
-    serve.run(application, name="plora", route_prefix="/")
+    serve.run(application, name=APPLICATION, route_prefix="/")
     _wait_until_ready(_reachable(host), port, stop)
 
 
