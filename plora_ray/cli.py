@@ -255,17 +255,23 @@ def generations_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Delete old generations and what crashed jobs left behind."""
-    from plora_ray.store.collection import collect
-    from plora_ray.training.runs import delete_abandoned_runs
+    """Write generations anew that hold bytes of erased users; delete old ones and what crashed jobs left behind."""
+    from plora_ray.training.garbage import collect_garbage
 
-    store, grace_s, verb = _store(_settings(config, overrides)), grace_hours * 3600, "would delete" if dry_run else "deleted"
-    runs = delete_abandoned_runs(store.objects, grace_s=grace_s, dry_run=dry_run)
-    for name in runs.deleted:
-        typer.echo(f"{verb} the working folder of unfinished run {name}")
-    for item in collect(store, keep=keep, grace_s=grace_s, needed=runs.needed, dry_run=dry_run):
+    store, would = _store(_settings(config, overrides)), "would " if dry_run else ""
+    with _bar("writing users") as show:
+        garbage = collect_garbage(store, keep=keep, grace_s=grace_hours * 3600, dry_run=dry_run, on_users=show)
+    for name in garbage.runs:
+        typer.echo(f"{would}delete the working folder of unfinished run {name}")
+    for again in garbage.rewritten:
+        typer.echo(f"{would}write {again.generation} anew without {again.held}" + (f": {again.by}" if again.by else ""))
+    for item in garbage.deleted:
         kind = "published" if item.published else "unfinished"
-        typer.echo(f"{verb} {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")
+        typer.echo(f"{would}delete {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")
+    for name, why in garbage.left.items():
+        typer.echo(f"left: {name}: {why}", err=True)
+    if garbage.failed:
+        raise typer.Exit(1)
 
 
 @store_app.command("fsck")

@@ -18,7 +18,9 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore, ModelRef, UserAdapter, collection, names, new_version, retries
 from plora_ray.store.fsck import check
+from plora_ray.store.traces import traces_of
 from plora_ray.training.compaction import compact
+from plora_ray.training.garbage import collect_garbage
 from plora_ray.training.run_state import RunState
 
 USERS = [f"user-{number}" for number in range(8)]
@@ -87,6 +89,7 @@ def publish(store: AdapterStore, generation: str, value: float) -> None:
     for wave, part in enumerate((order[:4], order[4:])):
         keys = np.frombuffer(b"".join(store.key(USERS[place]) for place in part), np.uint8).reshape(-1, 16)
         records = np.repeat(np.array(part, np.float32)[:, None] + np.float32(value), WIDTH, 1)
+        writer.write_row_digests(wave, keys, np.full((len(part), 16), 9, np.uint8))
         writer.write_segment(wave, keys, records, np.full(len(part), 7, np.int32))
     config = {"labels": LabelSpace("classification", ("no", "yes")).to_json()}
     writer.commit(expected_users=len(USERS), model=ModelRef(name="m", weight_hash="0"), adapter_config=config)
@@ -112,12 +115,20 @@ def collect(store: AdapterStore) -> None:
     collection.collect(store, keep=1, grace_s=0)
 
 
+def collect_erased(store: AdapterStore) -> None:
+    """Write both generations anew, which hold bytes of an erased user, and delete the old ones."""
+    garbage = collect_garbage(store, keep=2, grace_s=0, on_users=nobody_watches)
+    if garbage.left:
+        raise StoreError("not all could be written anew")
+
+
 OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
     "publish": lambda store: publish(store, "g3", 300.0),
     "adapt": lambda store: adapt(store, USERS[5], 500.0),
     "compact": lambda store: compact(store, nobody_watches),
     "erase": lambda store: store.erase(store.key(USERS[1])),
     "gc": collect,
+    "gc of erased": collect_erased,
     "rollback": lambda store: store.activate("g1"),
 }
 
@@ -175,6 +186,9 @@ def test_a_fault_at_any_step_leaves_the_old_or_the_new_state_whole_and_the_opera
         assert found.problems == [] and found.unknown == []
         if name == "compact":
             assert store.objects.list("runs") == []
+        if name == "gc of erased":
+            left = traces_of(store, store.key(USERS[3]))
+            assert (left.records, left.row_digests, left.unfinished, len(store.generations())) == ([], [], [], 2)
         if name == "gc":
             assert [info.generation for info in store.generations()] == ["g2"] == store.objects.folders(names.GENERATIONS)
 
