@@ -179,6 +179,22 @@ def users_export(
     typer.echo(str(out))
 
 
+@users_app.command("import")
+@reports_errors
+def users_import(
+    folder: Annotated[Path, typer.Argument(help="A PEFT checkpoint directory, as `users export` writes it.")],
+    config: ConfigOption,
+    user: Annotated[str, typer.Option(help="The user's id.")],
+    overrides: SetOption = None,
+) -> None:
+    """Make a PEFT checkpoint of the current generation this user's newest adapter."""
+    settings = _settings(config, overrides)
+    from plora_ray.inference.bring import import_user
+
+    adapter = import_user(_store(settings), user, folder)
+    _print({"key": adapter.key.hex(), "generation": adapter.generation, "examples": adapter.examples, "version": adapter.version})
+
+
 @generations_app.command("list")
 @reports_errors
 def generations_list(config: ConfigOption, overrides: SetOption = None) -> None:

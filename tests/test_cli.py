@@ -66,6 +66,16 @@ def test_a_user_is_exported_as_a_directory_and_an_unknown_one_is_not(world: tupl
     assert code == 1 and err.startswith("error: ") and not (tmp_path / "nobody").exists()
 
 
+def test_an_exported_user_is_imported_for_another_one(world: tuple[AdapterStore, str], tmp_path: Path) -> None:
+    store, config = world
+    plora(config, "users", "export", "bob", "--out", str(tmp_path / "bob"))
+    code, out, err = plora(config, "users", "import", str(tmp_path / "bob"), "--user", "dora")
+    fresh = store.get_fresh(store.key("dora"))
+    assert code == 0 and fresh is not None and json.loads(out)["version"] == fresh.version, err
+    code, _, err = plora(config, "users", "import", str(tmp_path), "--user", "dora")
+    assert code == 1 and err.startswith("error: ") and "adapter_config.json can't be read" in err
+
+
 def test_gc_deletes_old_and_unfinished_generations_and_keeps_the_current_one(world: tuple[AdapterStore, str], tiny_tree: Tree) -> None:
     store, config = world
     publish(store, tiny_tree["model"]["name"], "g3", ["ann"])
