@@ -274,13 +274,18 @@ def generations_gc(
     """Write generations anew that hold bytes of erased users; delete old ones and what crashed jobs left behind."""
     from plora_ray.training.garbage import collect_garbage
 
-    store, would = _store(_settings(config, overrides)), "would " if dry_run else ""
+    settings = _settings(config, overrides)
+    unused_days, would = settings.store.retention.unused_adapters_days, "would " if dry_run else ""
     with _bar("writing users") as show:
-        garbage = collect_garbage(store, keep=keep, grace_s=grace_hours * 3600, dry_run=dry_run, on_users=show)
+        garbage = collect_garbage(
+            _store(settings), keep=keep, grace_s=grace_hours * 3600, unused_days=unused_days, dry_run=dry_run, on_users=show
+        )
     for name in garbage.runs:
         typer.echo(f"{would}delete the working folder of unfinished run {name}")
     for again in garbage.rewritten:
         typer.echo(f"{would}write {again.generation} anew without {again.held}" + (f": {again.by}" if again.by else ""))
+    if garbage.forgotten:
+        typer.echo(f"take away {garbage.forgotten:,} fresh adapters that nobody used")
     for item in garbage.deleted:
         kind = "published" if item.published else "unfinished"
         typer.echo(f"{would}delete {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")

@@ -36,12 +36,22 @@ class AdapterSettings(Section):
     top_layers: int | None = Field(None, ge=1)
 
 
+class RetentionSettings(Section):
+    """How long what nobody asks for is kept; None: for good. Garbage collection applies it.
+
+    unused_adapters_days: an adapter whose user was neither served nor fitted for so many whole days goes; who was served is written down.
+    """
+
+    unused_adapters_days: int | None = Field(None, ge=1, le=36_500)
+
+
 class StoreSettings(Section):
     """Where adapters live: a path, file:///path, s3://bucket/prefix, or memory://name for tests. endpoint_url and region: S3 only."""
 
     uri: str = "var/store"
     endpoint_url: str | None = None
     region: str | None = None
+    retention: RetentionSettings = RetentionSettings()
 
     @model_validator(mode="after")
     def _no_password(self) -> StoreSettings:

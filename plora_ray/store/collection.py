@@ -7,6 +7,7 @@ users goes once what replaced it is older than the grace time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -51,11 +52,11 @@ def collect(
     if current is not None and replaced.get(current, current) is not None:  # else what is to replace it will serve by then
         staying.add(current)
     found = store.objects.folders(names.GENERATIONS)
-    ages_s = {generation: _age_s(store, generation) for generation in found}
+    begun_s, now_s = {generation: _begun_s(store, generation) for generation in found}, time.time()
     collected = []
-    for generation in sorted(found, key=lambda generation: -ages_s[generation]):  # what stands in for another one goes after it
+    for generation in sorted(found, key=begun_s.__getitem__):  # what stands in for another one goes after it
         stand_in = replaced.get(generation, generation)
-        if generation in staying or (0.0 if stand_in is None else ages_s.get(stand_in, -1.0)) < grace_s:
+        if generation in staying or now_s - (now_s if stand_in is None else begun_s.get(stand_in, math.inf)) < grace_s:
             continue
         objects = store.objects.list(f"{names.GENERATIONS}/{generation}")
         collected.append(Collected(generation, generation in published, len(objects), sum(item.size for item in objects)))
@@ -83,10 +84,10 @@ def _delete(store: AdapterStore, generation: str) -> None:
     store.objects.delete_folder(f"{names.GENERATIONS}/{generation}", last=names.beginning(generation))
 
 
-def _age_s(store: AdapterStore, generation: str) -> float:
-    """Seconds since the generation was begun; less than any grace (so it stays) if that can't be told."""
+def _begun_s(store: AdapterStore, generation: str) -> float:
+    """Unix time at which the generation was begun; infinite (so it stays) if that can't be told."""
     path = names.beginning(generation)
     data = store.objects.read_many([path]).get(path)
     if data is None:
-        return -1.0
-    return time.time() - int(load_json(Beginning, data, store.objects.uri_of(path)).version.partition("-")[0]) / 1e9
+        return math.inf
+    return int(load_json(Beginning, data, store.objects.uri_of(path)).version.partition("-")[0]) / 1e9

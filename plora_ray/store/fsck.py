@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from pydantic import BaseModel
+
 from plora_ray.errors import CorruptObjectError, StoreError
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
@@ -19,6 +21,7 @@ from plora_ray.store.objects import PROBE, ObjectInfo
 from plora_ray.store.row_digests import decode_row_digests
 from plora_ray.store.segments import decode_segment
 from plora_ray.store.shared import decode_shared
+from plora_ray.store.uses import Since, decode_uses
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class _Check:
             elif names.erased_key(path) is not None:
                 self._found.erased += 1
                 self._object(path, partial(self._json, Tombstone))
+            elif names.used_day(path) is not None:
+                self._object(path, self._uses)
+            elif path == names.USED_SINCE:
+                self._object(path, partial(self._json, Since))
             elif names.generation_of(path) is not None:
                 self._beside(path, manifests)
         self._found.unknown = sorted(self._left)
@@ -143,7 +150,7 @@ class _Check:
         return generation is None or not self._objects.exists(names.manifest(generation))
 
     @staticmethod
-    def _json(kind: type[Beginning | Tombstone | StoreIdentity], path: str, data: bytes) -> None:
+    def _json(kind: type[BaseModel], path: str, data: bytes) -> None:
         load_json(kind, data, path)
 
     @staticmethod
@@ -163,6 +170,10 @@ class _Check:
             raise CorruptObjectError("isn't what its manifest says: restore it or train again")
         if (segment.keys[0].tobytes().hex(), segment.keys[-1].tobytes().hex()) != (reference.first_key, reference.last_key):
             raise CorruptObjectError("holds other users than its manifest says: restore it or train again")
+
+    @staticmethod
+    def _uses(path: str, data: bytes) -> None:
+        decode_uses(data, path)
 
     @staticmethod
     def _fresh(path: str, data: bytes) -> None:

@@ -6,56 +6,76 @@ when readers have had the grace time to leave it. Knows when each may go; the st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import datetime
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
 from plora_ray.store.collection import Collected, check_keep, collect
-from plora_ray.store.erased_bytes import COMPACTED, ErasedBytes, erased_bytes
+from plora_ray.store.erased_bytes import COMPACTED, UNUSED, ErasedBytes, erased_bytes
 from plora_ray.store.manifest import Manifest
+from plora_ray.store.unused import Unused, forget_unused, unused_users
+from plora_ray.store.uses import fold_uses, today
 from plora_ray.training.compaction import compact, compaction_run
 from plora_ray.training.runs import RunsLeft, delete_abandoned_runs
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A generation that was written anew, as the generation `by`; None: it would be, in a dry run."""
+    """A generation that was written anew, as the generation `by`; None: it would be, in a dry run.
+
+    erased, unused: what it no longer has, of erased users and of users who didn't use theirs.
+    """
 
     generation: str
     erased: ErasedBytes
+    unused: int
     by: str | None
 
     @property
     def held(self) -> str:
         """What is no longer in it, for people."""
-        return f"{self.erased.records:,} records and {self.erased.row_digests:,} row digests of erased users"
+        erased = f"{self.erased.records:,} records and {self.erased.row_digests:,} row digests of erased users"
+        return f"{erased} and the adapters of {self.unused:,} users who didn't use them" if self.unused else erased
 
 
 @dataclass
 class Garbage:
-    """runs: names of given-up ones, deleted. left: generations that still hold erased users' bytes, and why. failed: any by an error."""
+    """runs: names of given-up ones, deleted. left: what stays although it should go, and why. failed: any of it by an error.
+
+    forgotten: unused fresh adapters that were taken away.
+    """
 
     runs: list[str] = field(default_factory=list)
     rewritten: list[Rewritten] = field(default_factory=list)
     deleted: list[Collected] = field(default_factory=list)
+    forgotten: int = 0
     left: dict[str, str] = field(default_factory=dict)
     failed: bool = False
 
 
 def collect_garbage(
-    store: AdapterStore, *, keep: int, grace_s: float, on_users: Callable[[int, int], None], dry_run: bool = False
-) -> Garbage:
+    store: AdapterStore, *, keep: int, grace_s: float, on_users: Callable[[int, int], None], unused_days: int | None = None,
+    dry_run: bool = False,
+) -> Garbage:  # fmt: skip
     """Collect what may go. Stopped and called again it goes on; whoever is served something is served the same at every moment.
 
     keep, grace_s: see `plora_ray.store.collection.collect`. on_users: hears how many users of how many are written, a generation at a time.
+    unused_days: adapters that nobody used for so many days go from what serves; None: they stay.
     Raises StoreError if nothing can be collected; what keeps one generation from being written anew is told in the result.
     """
     check_keep(keep)
     runs = delete_abandoned_runs(store.objects, grace_s=grace_s, dry_run=dry_run)
     rewriting = _Rewriting(store, runs, on_users, dry_run)
-    rewriting.run(keep)
+    unused = Unused() if unused_days is None or store.current() is None else unused_users(store, unused_days, dry_run=dry_run)
+    rewriting.run(keep, unused.keys)
     garbage = rewriting.garbage
+    if unused.not_yet is not None:
+        garbage.left["unused adapters"] = unused.not_yet
+    if unused_days is not None and not dry_run:
+        garbage.forgotten = forget_unused(store, unused)
+        fold_uses(store.objects, today() - datetime.timedelta(days=unused_days))
     needed = delete_abandoned_runs(store.objects, grace_s=grace_s, dry_run=True).needed
     garbage.deleted = collect(store, keep=keep, grace_s=grace_s, needed=needed, replaced=rewriting.replaced(), dry_run=dry_run)
     gone = {item.generation for item in garbage.deleted}
@@ -73,36 +93,49 @@ class _Rewriting:
         self._published = self._manifests()
         self.held = {manifest.generation: held for manifest in self._published if (held := self._held(manifest)).any}
 
-    def run(self, keep: int) -> None:
-        """Write anew what stays and holds bytes of erased users: what serves first, then what is kept to roll back to, newest first."""
+    def run(self, keep: int, unused: Set[bytes]) -> None:
+        """Write anew what stays and holds bytes of erased users: what serves first, then what is kept to roll back to, newest first.
+
+        unused: users whose adapters leave what serves.
+        """
         replaced = self.replaced()
         current = self._serving(replaced)
         kept = [manifest.generation for manifest in self._published if manifest.generation not in replaced][-keep:]
         unfinished = [generation for generation in replaced if compaction_run(generation) in self._runs.alive]
         for generation in dict.fromkeys([current, *reversed(kept), *unfinished]):
-            if generation is None or generation not in self.held:
+            leaving = self._having(generation, unused) if generation == current else frozenset()
+            if generation is None or (generation not in self.held and not leaving):
                 continue
             if self._needed_by_others(generation):
-                self.garbage.left[generation] = "holds bytes of erased users, and a job makes it or starts from it; run gc again after that"
+                self.garbage.left[generation] = "stays as it is because a job makes it or starts from it; run gc again after that"
             else:
-                self._write_anew(generation)
+                self._write_anew(generation, leaving)
 
     def replaced(self) -> dict[str, str | None]:
-        """Which generations that hold bytes of erased users stand anew in the store, and as what; None: they would, in a dry run."""
-        by = {manifest.partition.get(COMPACTED): manifest.generation for manifest in self._manifests()}
-        would = {again.generation: again.by for again in self.garbage.rewritten if again.by is None}
-        return {generation: by[generation] for generation in self.held if generation in by} | would
+        """Which generations that hold what has to go stand anew in the store, and as what; None: they would, in a dry run."""
+        made = [manifest for manifest in self._manifests() if COMPACTED in manifest.partition]
+        of = {manifest.generation: str(manifest.partition[COMPACTED]) for manifest in made}
+        by = {of[m.generation]: m.generation for m in made if of[m.generation] in self.held or m.partition.get(UNUSED)}
+        return by | {again.generation: again.by for again in self.garbage.rewritten if again.by is None}
 
-    def _write_anew(self, generation: str) -> None:
+    def _having(self, generation: str | None, unused: Set[bytes]) -> frozenset[bytes]:
+        """Those of `unused` whom the generation holds."""
+        if generation is None or not unused:
+            return frozenset()
+        reader = self._store.open_generation(generation)
+        return frozenset(key for key in unused if reader.lookup(key) is not None)
+
+    def _write_anew(self, generation: str, unused: frozenset[bytes]) -> None:
         by = None
         if not self._dry_run:
             try:
-                by = compact(self._store, self._on_users, generation).generation
+                by = compact(self._store, self._on_users, generation, unused).generation
             except StoreError as error:
-                self.garbage.left[generation] = f"holds bytes of erased users and can't be written anew: {error}"
+                self.garbage.left[generation] = f"holds what has to go and can't be written anew: {error}"
                 self.garbage.failed = True
                 return
-        self.garbage.rewritten.append(Rewritten(generation, self.held[generation], by))
+        held = self.held.get(generation, ErasedBytes(0, 0))
+        self.garbage.rewritten.append(Rewritten(generation, held, len(unused), by))
 
     def _serving(self, replaced: dict[str, str | None]) -> str | None:
         """The current generation. One that was replaced before a rollback made it serve again yields to what stands in for it."""

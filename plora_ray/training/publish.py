@@ -12,6 +12,8 @@ from plora_ray.store import AdapterStore
 from plora_ray.store.collection import abandon
 from plora_ray.store.folding import raise_late_versions
 from plora_ray.store.manifest import Manifest, ModelRef, SegmentRef
+from plora_ray.store.uses import begin_uses, today, write_uses
+from plora_ray.training.plan import Action
 from plora_ray.training.prepare import Prepared
 from plora_ray.training.progress import ProgressLine
 from plora_ray.training.report import REPORT_HTML, REPORT_JSON, TrainingReport
@@ -74,6 +76,8 @@ def finish(prepared: Prepared, line: ProgressLine, *, seconds: float) -> Publish
         _succeed_base(prepared, manifest, line)
     elif store.current() != generation and (current is None or current.created_at <= manifest.created_at):
         store.activate(generation)  # never take over from a newer generation
+    if prepared.assignment.settings.store.retention.unused_adapters_days is not None:
+        _note_fitted(prepared)
     prepared.run.delete()
     return _published(store, manifest, seconds)
 
@@ -104,6 +108,16 @@ def _succeed_base(prepared: Prepared, manifest: Manifest, line: ProgressLine) ->
             f"generation {generation} is published but doesn't serve, because {store.current()} took over from its base {base} "
             f"meanwhile: `plora generations activate {generation}` makes it serve"
         )
+
+
+def _note_fitted(prepared: Prepared) -> None:
+    """Write down that the adapters of the users who were fitted are in use."""
+    run, objects = prepared.run, prepared.store.objects
+    plan = run.plan.load()
+    begin_uses(objects)
+    for partition in sorted({wave.partition for wave in plan.waves}) if plan is not None else []:
+        planned = run.plan.load_partition(partition)
+        write_uses(objects, (key.tobytes() for key in planned.keys[planned.actions == Action.FIT]), today())
 
 
 def _published(store: AdapterStore, manifest: Manifest, seconds: float) -> Published:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from deployments.engines import CurrentGeneration
-from deployments.fitting import FitRequest, FittingService
+from deployments.fitting import FitRequest, FitResult, FittingService
+from deployments.prediction import PredictionService
 from plora_ray.config import Settings, parse_settings
 from plora_ray.errors import DataError, ErasedDuringFit
 from plora_ray.inference import LoadedGeneration
 from plora_ray.store import AdapterStore, UserAdapter, new_version
 from plora_ray.store.adapters import now_iso
+from plora_ray.store.uses import read_uses, today
 from tests.generations import DIM, publish
 
 USERS = ["ann", "bob"]
@@ -104,3 +107,17 @@ def test_one_users_impossible_examples_fail_that_user_only(store: AdapterStore, 
     assert fitted.adapter is not None and fitted.adapter.record.shape == (DIM,) and known.adapter is not None
     assert failed.adapter is None and isinstance(failed.error, DataError)
     assert store.get_fresh(store.key("x")) is not None and store.get_fresh(store.key("y")) is None
+
+
+def test_with_retention_on_a_replica_writes_down_whom_it_served_with_their_own_adapter(store: AdapterStore, tiny_plm: str) -> None:
+    publish(store, tiny_plm, "g1", USERS)
+    for retention, expected in (({}, set()), ({"unused_adapters_days": 30}, {store.key("ann")})):
+        settings = parse_settings({"store": {"uri": store.uri, "retention": retention}, "serving": {"refresh_s": 3600}})
+        service = PredictionService(settings, fit=never)
+        asyncio.run(service.predict([("ann", "one text"), ("stranger", "one text"), ("ann", "another")]))
+        service.close()
+        assert {key.tobytes() for key in read_uses(store.objects, today())} == expected
+
+
+async def never(request: FitRequest) -> FitResult:
+    raise AssertionError("nobody is fitted here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 import uuid
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import StoreError
-from plora_ray.store import AdapterStore, ModelRef, UserAdapter, names, new_version
+from plora_ray.store import AdapterStore, ModelRef, UserAdapter, names, new_version, unused, uses
 from plora_ray.store.traces import traces_of
 from plora_ray.training import garbage
 from plora_ray.training.garbage import Garbage, collect_garbage
@@ -50,8 +51,12 @@ def served(store: AdapterStore, generation: str | None = None) -> dict[str, floa
     return {user: float(adapter.record[0]) for user, adapter in found.items() if adapter is not None}
 
 
-def collected(store: AdapterStore, keep: int = 3, grace_s: float = 0.0, dry_run: bool = False) -> Garbage:
-    return collect_garbage(store, keep=keep, grace_s=grace_s, dry_run=dry_run, on_users=lambda done, users: None)
+def collected(
+    store: AdapterStore, keep: int = 3, grace_s: float = 0.0, dry_run: bool = False, unused_days: int | None = None
+) -> Garbage:
+    return collect_garbage(
+        store, keep=keep, grace_s=grace_s, dry_run=dry_run, unused_days=unused_days, on_users=lambda done, users: None
+    )
 
 
 @pytest.fixture
@@ -165,6 +170,29 @@ def test_a_damaged_generation_is_named_and_keeps_nothing_else_from_being_collect
     store.objects.write(path, data[:-1] + bytes([data[-1] ^ 1]))
     done = collected(store)
     assert done.failed and "g2" in done.left and traces(store) == ["g2"] and len(done.rewritten) == 2
+
+
+def test_unused_adapters_leave_what_serves_without_a_tombstone_and_come_back_by_examples(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "unused adapters" in collected(store, unused_days=30).left
+    now, now_ns = time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: now() + 31 * 86_400)
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 31 * 86_400 * 10**9)
+    for module in (uses, unused, garbage):
+        monkeypatch.setattr(module, "today", lambda: datetime.datetime.fromtimestamp(time.time(), datetime.UTC).date())
+    uses.write_uses(store.objects, [store.key(user) for user in NAMES[3:6]], uses.today())
+    before, erased = served(store), store.tombstones()
+    adapt(store, NAMES[6], 906)
+    done = collected(store, unused_days=30)
+    assert [(again.erased.any, again.unused) for again in done.rewritten] == [(False, 3)] and done.forgotten == 2 and not done.left
+    kept = {user: before[user] for user in NAMES[3:6]} | {NAMES[6]: 906}
+    assert served(store) == kept and store.tombstones() == erased and store.open_generation().users == 4
+    assert [info.users for info in store.generations()] == [7, 7, 4], "what it stood in for is gone, too"
+    adapt(store, NAMES[8], 908)
+    assert served(store) == {**kept, NAMES[8]: 908}
+    again = collected(store, unused_days=30)
+    assert (again.rewritten, again.forgotten, again.deleted, again.left) == ([], 0, [], {})
 
 
 def test_users_erased_again_and_again_leave_one_generation_in_each_place(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from plora_ray.data.stats import PartitionCounts, PartitionStats
 from plora_ray.data.trained_users import TrainedUsers
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
+from plora_ray.store.uses import read_uses, today
 from plora_ray.training.memory import ModelSize
 from plora_ray.training.plan import PartitionPlan, Plan, PlanBuilder
 from plora_ray.training.prepare import Prepared
@@ -125,6 +126,14 @@ def test_a_generation_with_every_planned_user_is_published_with_its_report(job: 
     assert job.end() == job.store.open_generation().users == USERS
     values, files = stored_report(job.store, job.assignment.generation)  # what a start that only finishes hands to telemetry
     assert values["generation"] == job.assignment.generation and set(files) == {"report.json", "report.html"}
+
+
+def test_with_retention_on_the_users_who_were_fitted_count_as_used(tmp_path: Path, tiny_tree: dict[str, Any]) -> None:
+    job = Job.begin(tmp_path, {**tiny_tree, "store": {**tiny_tree["store"], "retention": {"unused_adapters_days": 30}}})
+    for wave in range(3):
+        job.write(wave, 2)
+    job.end()
+    assert read_uses(job.store.objects, today()).tolist() == job.keys.tolist()
 
 
 @pytest.mark.parametrize("erased_place", [1, 5])
