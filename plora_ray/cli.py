@@ -195,6 +195,25 @@ def users_import(
     _print({"key": adapter.key.hex(), "generation": adapter.generation, "examples": adapter.examples, "version": adapter.version})
 
 
+@users_app.command("refit")
+@reports_errors
+def users_refit(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Fit all users with retained examples on the current generation; for after a new population. Run again, it goes on."""
+    settings = _settings(config, overrides)
+    from plora_ray.errors import ConfigError
+    from plora_ray.inference import FewShotFitter, load_generation
+    from plora_ray.inference.refit import refit_fresh
+    from plora_ray.store.retained import RetainedExamples
+
+    days = settings.store.retention.examples_days
+    if days is None:
+        raise ConfigError("no examples are retained: store.retention.examples_days is off")
+    loaded = load_generation(_store(settings))
+    fitter = FewShotFitter(loaded, batch_tokens=settings.serving.batch_tokens, batch_rows=settings.serving.batch_rows)
+    with _bar("fitting users") as show:
+        _print(asdict(refit_fresh(loaded, fitter, RetainedExamples(loaded.store.objects, days), show)))
+
+
 @generations_app.command("list")
 @reports_errors
 def generations_list(config: ConfigOption, overrides: SetOption = None) -> None:
@@ -275,10 +294,10 @@ def generations_gc(
     from plora_ray.training.garbage import collect_garbage
 
     settings = _settings(config, overrides)
-    unused_days, would = settings.store.retention.unused_adapters_days, "would " if dry_run else ""
+    would = "would " if dry_run else ""
     with _bar("writing users") as show:
         garbage = collect_garbage(
-            _store(settings), keep=keep, grace_s=grace_hours * 3600, unused_days=unused_days, dry_run=dry_run, on_users=show
+            _store(settings), keep=keep, grace_s=grace_hours * 3600, retention=settings.store.retention, dry_run=dry_run, on_users=show
         )
     for name in garbage.runs:
         typer.echo(f"{would}delete the working folder of unfinished run {name}")
@@ -286,6 +305,8 @@ def generations_gc(
         typer.echo(f"{would}write {again.generation} anew without {again.held}" + (f": {again.by}" if again.by else ""))
     if garbage.forgotten:
         typer.echo(f"take away {garbage.forgotten:,} fresh adapters that nobody used")
+    if garbage.expired:
+        typer.echo(f"take away retained examples of {garbage.expired:,} users")
     for item in garbage.deleted:
         kind = "published" if item.published else "unfinished"
         typer.echo(f"{would}delete {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")

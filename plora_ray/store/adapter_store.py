@@ -25,6 +25,7 @@ from plora_ray.store.manifest import Beginning, Current, Manifest, Tombstone, ch
 from plora_ray.store.object_errors import ObjectExists
 from plora_ray.store.objects import SERVING_RETRY_S, ObjectRange, ObjectStore
 from plora_ray.store.reader import GenerationReader
+from plora_ray.store.retained import forget_examples
 from plora_ray.store.store_identity import open_identity
 from plora_ray.store.tombstones import Tombstones, tombstone_version, write_tombstone
 from plora_ray.store.writer import GenerationWriter
@@ -240,6 +241,7 @@ class AdapterStore:
             return encode_erased(key, version)
 
         write_tombstone(self.objects, key, Tombstone(version=version, erased_at=now_iso()))
+        forget_examples(self.objects, key)
         self.objects.update(path, emptied)
         return version
 

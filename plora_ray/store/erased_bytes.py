@@ -16,8 +16,6 @@ from plora_ray.store.objects import ObjectRange
 from plora_ray.store.row_digests import read_row_digests
 from plora_ray.store.segments import decode_index
 
-COMPACTED = "compacted"  # entry of a manifest's `partition`: the generation that this one was made of, without its erased users
-UNUSED = "unused"  # beside it: how many users it was made without because nobody used their adapters
 INDEXES_AT_ONCE = 32  # bounds memory
 
 

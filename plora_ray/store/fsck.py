@@ -18,6 +18,7 @@ from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.adapters import decode_fresh
 from plora_ray.store.manifest import Beginning, Current, Manifest, SegmentRef, StoreIdentity, Tombstone, load_json
 from plora_ray.store.objects import PROBE, ObjectInfo
+from plora_ray.store.retained import decode_examples
 from plora_ray.store.row_digests import decode_row_digests
 from plora_ray.store.segments import decode_segment
 from plora_ray.store.shared import decode_shared
@@ -76,6 +77,8 @@ class _Check:
             elif names.erased_key(path) is not None:
                 self._found.erased += 1
                 self._object(path, partial(self._json, Tombstone))
+            elif names.examples_key(path) is not None:
+                self._object(path, self._examples)
             elif names.used_day(path) is not None:
                 self._object(path, self._uses)
             elif path == names.USED_SINCE:
@@ -170,6 +173,11 @@ class _Check:
             raise CorruptObjectError("isn't what its manifest says: restore it or train again")
         if (segment.keys[0].tobytes().hex(), segment.keys[-1].tobytes().hex()) != (reference.first_key, reference.last_key):
             raise CorruptObjectError("holds other users than its manifest says: restore it or train again")
+
+    @staticmethod
+    def _examples(path: str, data: bytes) -> None:
+        if decode_examples(data, path)[0] != names.examples_key(path):
+            raise CorruptObjectError("holds another user's examples: delete it")
 
     @staticmethod
     def _uses(path: str, data: bytes) -> None:

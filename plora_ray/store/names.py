@@ -9,6 +9,7 @@ CURRENT = "current"
 GENERATIONS = "generations"
 ERASED = "erased"
 FRESH = "users"
+EXAMPLES = "examples"
 USED = "used"
 USED_SINCE = f"{USED}/since.json"
 MANIFEST = "manifest.json"
@@ -17,6 +18,7 @@ SHARED = "shared.safetensors"
 
 _SEGMENT = re.compile(r".*/segments/(\d{5,})\.safetensors")
 _FRESH = re.compile(FRESH + r"/[0-9a-f]{2}/([0-9a-f]{32})\.safetensors")
+_EXAMPLES = re.compile(EXAMPLES + r"/[0-9a-f]{2}/([0-9a-f]{32})\.safetensors")
 _USED = re.compile(USED + r"/(\d{4}-\d{2}-\d{2})/[0-9a-f]{32}\.safetensors")
 _TOMBSTONE = re.compile(ERASED + r"/([0-9a-f]{32})\.json")
 
@@ -71,6 +73,16 @@ def fresh(key: bytes) -> str:
 def fresh_key(path: str) -> bytes | None:
     """The key whose fresh object lies at `path`; None if that is no fresh object's name."""
     match = _FRESH.fullmatch(path)
+    return bytes.fromhex(match[1]) if match else None
+
+
+def examples(key: bytes) -> str:
+    return f"{EXAMPLES}/{key.hex()[:2]}/{key.hex()}.safetensors"
+
+
+def examples_key(path: str) -> bytes | None:
+    """The key of the user whose retained examples lie at `path`; None if that is no such name."""
+    match = _EXAMPLES.fullmatch(path)
     return bytes.fromhex(match[1]) if match else None
 
 

@@ -14,6 +14,7 @@ from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.adapters import decode_fresh
 from plora_ray.store.manifest import SegmentRef
+from plora_ray.store.retained import count_examples
 from plora_ray.store.row_digests import read_row_digests
 from plora_ray.store.segments import decode_index
 from plora_ray.store.tombstones import tombstone_version
@@ -23,13 +24,14 @@ from plora_ray.store.tombstones import tombstone_version
 class Traces:
     """records: published generations in whose segments the user's record lies. row_digests: those that keep a digest of the user's rows.
 
-    fresh_adapter: whether one of the user's lies below users/. erased: when the user was last erased, as a version. unfinished:
-    generations and runs that are not published, where nobody looked.
+    fresh_adapter: whether one of the user's lies below users/. retained_examples: how many lie below examples/. erased: when the user
+    was last erased, as a version. unfinished: generations and runs that are not published, where nobody looked.
     """
 
     records: list[str]
     row_digests: list[str]
     fresh_adapter: bool
+    retained_examples: int
     erased: str | None
     unfinished: list[str]
 
@@ -50,7 +52,8 @@ def traces_of(store: AdapterStore, key: bytes) -> Traces:
     fresh = data is not None and decode_fresh(data, store.objects.uri_of(path)).adapter is not None
     unfinished = sorted(set(store.objects.folders(names.GENERATIONS)) - set(published))
     runs = [f"runs/{name}" for name in store.objects.folders("runs")]
-    return Traces(records, digests, fresh, tombstone_version(store.objects, key), unfinished + runs)
+    erased, retained = tombstone_version(store.objects, key), count_examples(store.objects, key)
+    return Traces(records, digests, fresh, retained, erased, unfinished + runs)
 
 
 def _holds(store: AdapterStore, segment: SegmentRef, key: bytes) -> bool:

@@ -16,8 +16,9 @@ from plora_ray.data.trained_users import TrainedUsers
 from plora_ray.identity import KEY_BYTES
 from plora_ray.store import AdapterStore, GenerationWriter
 from plora_ray.store.collection import abandon
-from plora_ray.store.erased_bytes import COMPACTED, UNUSED, erased_bytes
+from plora_ray.store.erased_bytes import erased_bytes
 from plora_ray.store.folding import raise_late_versions
+from plora_ray.store.lineage import COMPACTED, UNUSED
 from plora_ray.store.manifest import Manifest, SegmentRef
 from plora_ray.training.carry_over import Base, plan_new_data
 from plora_ray.training.memory import MAX_USERS_PER_WAVE, copied_bytes

@@ -10,15 +10,20 @@ import datetime
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
+from plora_ray.config import RetentionSettings
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
 from plora_ray.store.collection import Collected, check_keep, collect
-from plora_ray.store.erased_bytes import COMPACTED, UNUSED, ErasedBytes, erased_bytes
+from plora_ray.store.erased_bytes import ErasedBytes, erased_bytes
+from plora_ray.store.lineage import COMPACTED, UNUSED
 from plora_ray.store.manifest import Manifest
+from plora_ray.store.retained import RetainedExamples
 from plora_ray.store.unused import Unused, forget_unused, unused_users
 from plora_ray.store.uses import fold_uses, today
 from plora_ray.training.compaction import compact, compaction_run
 from plora_ray.training.runs import RunsLeft, delete_abandoned_runs
+
+FOR_GOOD_DAYS = 36_500
 
 
 @dataclass(frozen=True)
@@ -44,30 +49,32 @@ class Rewritten:
 class Garbage:
     """runs: names of given-up ones, deleted. left: what stays although it should go, and why. failed: any of it by an error.
 
-    forgotten: unused fresh adapters that were taken away.
+    forgotten: unused fresh adapters that were taken away. expired: users of whom retained examples were.
     """
 
     runs: list[str] = field(default_factory=list)
     rewritten: list[Rewritten] = field(default_factory=list)
     deleted: list[Collected] = field(default_factory=list)
     forgotten: int = 0
+    expired: int = 0
     left: dict[str, str] = field(default_factory=dict)
     failed: bool = False
 
 
 def collect_garbage(
-    store: AdapterStore, *, keep: int, grace_s: float, on_users: Callable[[int, int], None], unused_days: int | None = None,
-    dry_run: bool = False,
+    store: AdapterStore, *, keep: int, grace_s: float, on_users: Callable[[int, int], None],
+    retention: RetentionSettings = RetentionSettings(), dry_run: bool = False,
 ) -> Garbage:  # fmt: skip
     """Collect what may go. Stopped and called again it goes on; whoever is served something is served the same at every moment.
 
     keep, grace_s: see `plora_ray.store.collection.collect`. on_users: hears how many users of how many are written, a generation at a time.
-    unused_days: adapters that nobody used for so many days go from what serves; None: they stay.
+    retention: says which adapters that nobody uses go from what serves, and which retained examples.
     Raises StoreError if nothing can be collected; what keeps one generation from being written anew is told in the result.
     """
     check_keep(keep)
     runs = delete_abandoned_runs(store.objects, grace_s=grace_s, dry_run=dry_run)
     rewriting = _Rewriting(store, runs, on_users, dry_run)
+    unused_days = retention.unused_adapters_days
     unused = Unused() if unused_days is None or store.current() is None else unused_users(store, unused_days, dry_run=dry_run)
     rewriting.run(keep, unused.keys)
     garbage = rewriting.garbage
@@ -76,6 +83,8 @@ def collect_garbage(
     if unused_days is not None and not dry_run:
         garbage.forgotten = forget_unused(store, unused)
         fold_uses(store.objects, today() - datetime.timedelta(days=unused_days))
+    if not dry_run:
+        garbage.expired = RetainedExamples(store.objects, retention.examples_days or FOR_GOOD_DAYS).expire()
     needed = delete_abandoned_runs(store.objects, grace_s=grace_s, dry_run=True).needed
     garbage.deleted = collect(store, keep=keep, grace_s=grace_s, needed=needed, replaced=rewriting.replaced(), dry_run=dry_run)
     gone = {item.generation for item in garbage.deleted}

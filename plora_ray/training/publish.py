@@ -11,6 +11,7 @@ from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
 from plora_ray.store.collection import abandon
 from plora_ray.store.folding import raise_late_versions
+from plora_ray.store.lineage import CARRIED
 from plora_ray.store.manifest import Manifest, ModelRef, SegmentRef
 from plora_ray.store.uses import begin_uses, today, write_uses
 from plora_ray.training.plan import Action
@@ -55,7 +56,10 @@ def publish(
             "spec": spec.to_json(), "labels": assignment.labels.to_json(), "max_length": settings.model.max_length,
             "fit": settings.user_fit().to_json(),
         },
-        partition={"partitions": settings.training.partitions, "waves": len(assignment.waves)},
+        partition={
+            "partitions": settings.training.partitions, "waves": len(assignment.waves),
+            **({CARRIED: assignment.base} if settings.training.only_users_with_new_data else {}),
+        },
         segments=segments,
         activate=not settings.training.only_users_with_new_data,  # `finish` decides about the others
     )  # fmt: skip

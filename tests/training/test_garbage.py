@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plora_ray.adapters.labels import LabelSpace
+from plora_ray.config import RetentionSettings
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore, ModelRef, UserAdapter, names, new_version, unused, uses
 from plora_ray.store.traces import traces_of
@@ -55,8 +56,9 @@ def collected(
     store: AdapterStore, keep: int = 3, grace_s: float = 0.0, dry_run: bool = False, unused_days: int | None = None
 ) -> Garbage:
     return collect_garbage(
-        store, keep=keep, grace_s=grace_s, dry_run=dry_run, unused_days=unused_days, on_users=lambda done, users: None
-    )
+        store, keep=keep, grace_s=grace_s, dry_run=dry_run, retention=RetentionSettings(unused_adapters_days=unused_days),
+        on_users=lambda done, users: None,
+    )  # fmt: skip
 
 
 @pytest.fixture
