@@ -116,8 +116,8 @@ def collect(store: AdapterStore) -> None:
 
 
 def collect_erased(store: AdapterStore) -> None:
-    """Write both generations anew, which hold bytes of an erased user, and delete the old ones."""
-    garbage = collect_garbage(store, keep=2, grace_s=0, on_users=nobody_watches)
+    """Write the generation anew that holds bytes of an erased user and serves, and delete all others."""
+    garbage = collect_garbage(store, keep=1, grace_s=0, on_users=nobody_watches)
     if garbage.left:
         raise StoreError("not all could be written anew")
 
@@ -188,7 +188,7 @@ def test_a_fault_at_any_step_leaves_the_old_or_the_new_state_whole_and_the_opera
             assert store.objects.list("runs") == []
         if name == "gc of erased":
             left = traces_of(store, store.key(USERS[3]))
-            assert (left.records, left.row_digests, left.unfinished, len(store.generations())) == ([], [], [], 2)
+            assert (left.records, left.row_digests, left.unfinished, len(store.generations())) == ([], [], [], 1)
         if name == "gc":
             assert [info.generation for info in store.generations()] == ["g2"] == store.objects.folders(names.GENERATIONS)
 
