@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from deployments.engines import CurrentGeneration, Served
 from plora_ray.config import Settings
 from plora_ray.errors import PloraError
 from plora_ray.inference import Examples, FewShotFitter, LoadedGeneration
 from plora_ray.inference.fewshot import Fit
+from plora_ray.inference.refit import unknown_to
 from plora_ray.store import UserAdapter, new_version
 from plora_ray.store.adapters import now_iso
+from plora_ray.store.retained import Retained, RetainedExamples
 
 
 @dataclass(frozen=True)
 class FitRequest:
-    """One user's key and examples; labels as training data holds them."""
+    """One user's key and examples; labels as training data holds them. earlier: retained ones, which are fitted with them."""
 
     key: bytes
     texts: list[str]
     labels: list[str | float]
+    earlier: Retained = field(default_factory=Retained)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class FittingService:
     """Fits users, each on the generation that answers that user."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._settings, self._retention = settings, settings.store.retention
         self._current: CurrentGeneration[FewShotFitter] = CurrentGeneration(settings, self._build)
 
     def fit(self, requests: Sequence[FitRequest]) -> list[FitResult]:
@@ -66,6 +69,7 @@ class FittingService:
         loaded, fitter = served.loaded, served.built
         # Before the fit: an erasure that arrives while it runs must win.
         erased = loaded.store.tombstones() if requests else {}
+        requests = [self._with_earlier(loaded, request, erased.get(request.key)) for request in requests]
         try:
             fits = self._fit(loaded, fitter, requests, erased)
         except PloraError as error:
@@ -79,13 +83,24 @@ class FittingService:
     ) -> list[Fit]:
         trained = loaded.reader.get_many([request.key for request in requests if request.key not in erased])
         starts = [trained[request.key].record if request.key in trained else None for request in requests]
-        return fitter.fit_many([Examples(request.texts, request.labels, start) for request, start in zip(requests, starts, strict=True)])
+        every = [request.earlier.joined(request.texts, request.labels, 0.0) for request in requests]
+        return fitter.fit_many([Examples(one.texts, one.labels, start) for one, start in zip(every, starts, strict=True)])
+
+    def _with_earlier(self, loaded: LoadedGeneration, request: FitRequest, erased: str | None) -> FitRequest:
+        retained = self._retained(loaded)
+        if retained is None:
+            return request
+        return replace(request, earlier=unknown_to(loaded, request.key, retained.of(request.key, erased or "")))
+
+    def _retained(self, loaded: LoadedGeneration) -> RetainedExamples | None:
+        days = self._retention.examples_days
+        return None if days is None else RetainedExamples(loaded.store.objects, days)
 
     def _store(self, loaded: LoadedGeneration, request: FitRequest, erased: str | None, fit: Fit) -> FitResult:
         adapter = UserAdapter(
             key=request.key,
             record=fit.vector,
-            examples=len(request.texts),
+            examples=len(request.earlier.joined(request.texts, request.labels, 0.0).texts),
             generation=loaded.name,
             version=new_version(after=erased),
             updated_at=now_iso(),
@@ -94,6 +109,8 @@ class FittingService:
         )
         try:
             loaded.store.put_fresh(adapter, known_erasure=erased or "")
+            if (retained := self._retained(loaded)) is not None:
+                retained.keep(request.key, request.texts, request.labels, erased or "")
         except PloraError as error:
             return FitResult(None, error=error)
         return FitResult(adapter, fit.loss_before, fit.loss_after)

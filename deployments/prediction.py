@@ -20,6 +20,7 @@ from plora_ray.inference import Answer, InferenceEngine, LoadedGeneration
 from plora_ray.inference.batcher import EngineClosed
 from plora_ray.inference.engine import PendingAnswers
 from plora_ray.inference.opening import EngineBuilder
+from plora_ray.inference.uses import UseRecorder
 from plora_ray.store import UserAdapter
 from plora_ray.store.adapter_store import GenerationInfo
 from plora_ray.store.shared import encode_shared
@@ -53,6 +54,8 @@ class PredictionService:
         self._current: CurrentGeneration[InferenceEngine] = CurrentGeneration(
             settings, self._build, retire=lambda engine: engine.close(), on_erased=lambda engine, erased: engine.cache.evict(erased)
         )
+        unused_days = settings.store.retention.unused_adapters_days
+        self._uses = None if unused_days is None else UseRecorder(self._current.store.objects)
 
     @property
     def ready(self) -> bool:
@@ -92,7 +95,11 @@ class PredictionService:
                         submitted.add_done_callback(_skip)
                         raise
                     logits = await asyncio.gather(*(asyncio.wrap_future(future) for future in pending.logits))
-                    return engine.finish(pending, logits)
+                    answers = engine.finish(pending, logits)
+                    if self._uses is not None:
+                        served = (user for (user, _), answer in zip(rows, answers, strict=True) if answer.personalization == "adapter")
+                        self._uses.note(map(engine.loaded.store.key, served))
+                    return answers
 
     async def adapt(self, user_id: str, texts: Sequence[str], labels: Sequence[object], timeout_s: float | None = None) -> Adapted:
         """Fit this user's adapter on these examples and store it; this replica serves it at once.
@@ -167,6 +174,8 @@ class PredictionService:
     def close(self) -> None:
         """Answer what is queued, then stop."""
         self._current.close()
+        if self._uses is not None:
+            self._uses.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _build(self, loaded: LoadedGeneration) -> InferenceEngine:

@@ -215,6 +215,41 @@ def users_export(
     typer.echo(str(out))
 
 
+@users_app.command("import")
+@reports_errors
+def users_import(
+    folder: Annotated[Path, typer.Argument(help="A PEFT checkpoint directory, as `users export` writes it.")],
+    config: ConfigOption,
+    user: Annotated[str, typer.Option(help="The user's id.")],
+    overrides: SetOption = None,
+) -> None:
+    """Make a PEFT checkpoint of the current generation this user's newest adapter."""
+    settings = _settings(config, overrides)
+    from plora_ray.inference.bring import import_user
+
+    adapter = import_user(_store(settings), user, folder)
+    _print({"key": adapter.key.hex(), "generation": adapter.generation, "examples": adapter.examples, "version": adapter.version})
+
+
+@users_app.command("refit")
+@reports_errors
+def users_refit(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Fit all users with retained examples on the current generation; for after a new population. Run again, it goes on."""
+    settings = _settings(config, overrides)
+    from plora_ray.errors import ConfigError
+    from plora_ray.inference import FewShotFitter, load_generation
+    from plora_ray.inference.refit import refit_fresh
+    from plora_ray.store.retained import RetainedExamples
+
+    days = settings.store.retention.examples_days
+    if days is None:
+        raise ConfigError("no examples are retained: store.retention.examples_days is off")
+    loaded = load_generation(_store(settings))
+    fitter = FewShotFitter(loaded, batch_tokens=settings.serving.batch_tokens, batch_rows=settings.serving.batch_rows)
+    with _bar("fitting users") as show:
+        _print(asdict(refit_fresh(loaded, fitter, RetainedExamples(loaded.store.objects, days), show)))
+
+
 @generations_app.command("list")
 @reports_errors
 def generations_list(config: ConfigOption, overrides: SetOption = None) -> None:
@@ -313,17 +348,30 @@ def generations_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Delete old generations and what crashed jobs left behind."""
-    from plora_ray.store.collection import collect
-    from plora_ray.training.runs import delete_abandoned_runs
+    """Write generations anew that hold bytes of erased users; delete old ones and what crashed jobs left behind."""
+    from plora_ray.training.garbage import collect_garbage
 
-    store, grace_s, verb = _store(_settings(config, overrides)), grace_hours * 3600, "would delete" if dry_run else "deleted"
-    runs = delete_abandoned_runs(store.objects, grace_s=grace_s, dry_run=dry_run)
-    for name in runs.deleted:
-        typer.echo(f"{verb} the working folder of unfinished run {name}")
-    for item in collect(store, keep=keep, grace_s=grace_s, needed=runs.needed, dry_run=dry_run):
+    settings = _settings(config, overrides)
+    would = "would " if dry_run else ""
+    with _bar("writing users") as show:
+        garbage = collect_garbage(
+            _store(settings), keep=keep, grace_s=grace_hours * 3600, retention=settings.store.retention, dry_run=dry_run, on_users=show
+        )
+    for name in garbage.runs:
+        typer.echo(f"{would}delete the working folder of unfinished run {name}")
+    for again in garbage.rewritten:
+        typer.echo(f"{would}write {again.generation} anew without {again.held}" + (f": {again.by}" if again.by else ""))
+    if garbage.forgotten:
+        typer.echo(f"take away {garbage.forgotten:,} fresh adapters that nobody used")
+    if garbage.expired:
+        typer.echo(f"take away retained examples of {garbage.expired:,} users")
+    for item in garbage.deleted:
         kind = "published" if item.published else "unfinished"
-        typer.echo(f"{verb} {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")
+        typer.echo(f"{would}delete {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")
+    for name, why in garbage.left.items():
+        typer.echo(f"left: {name}: {why}", err=True)
+    if garbage.failed:
+        raise typer.Exit(1)
 
 
 @store_app.command("fsck")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from plora_ray.cli import app
 from plora_ray.store import AdapterStore
+from plora_ray.store.retained import RetainedExamples
 from tests.generations import publish
 
 Tree = dict[str, Any]
@@ -64,6 +65,29 @@ def test_a_user_is_exported_as_a_directory_and_an_unknown_one_is_not(world: tupl
     assert (Path(out.strip()) / "adapter_model.safetensors").exists()
     code, _, err = plora(config, "users", "export", "nobody", "--out", str(tmp_path / "nobody"))
     assert code == 1 and err.startswith("error: ") and not (tmp_path / "nobody").exists()
+
+
+def test_users_of_retained_examples_are_fitted_again_and_only_if_examples_are_retained(world: tuple[AdapterStore, str]) -> None:
+    store, config = world
+    RetainedExamples(store.objects, 30).keep(store.key("dora"), ["a text"], ["yes"])
+    code, _, err = plora(config, "users", "refit")
+    assert code == 2 and "store.retention.examples_days is off" in err
+    kept = ("--set", "store.retention.examples_days=30", "--set", "store.retention.allow_plain=true")
+    code, out, err = plora(config, "users", "refit", *kept)
+    assert code == 0 and json.loads(out) == {"fitted": 1, "standing": 0, "refused": 0}, err
+    assert store.get_fresh(store.key("dora")) is not None
+    code, _, err = plora(config, "users", "refit", "--set", "store.retention.examples_days=30")
+    assert code == 2 and "set allow_plain to true" in err
+
+
+def test_an_exported_user_is_imported_for_another_one(world: tuple[AdapterStore, str], tmp_path: Path) -> None:
+    store, config = world
+    plora(config, "users", "export", "bob", "--out", str(tmp_path / "bob"))
+    code, out, err = plora(config, "users", "import", str(tmp_path / "bob"), "--user", "dora")
+    fresh = store.get_fresh(store.key("dora"))
+    assert code == 0 and fresh is not None and json.loads(out)["version"] == fresh.version, err
+    code, _, err = plora(config, "users", "import", str(tmp_path), "--user", "dora")
+    assert code == 1 and err.startswith("error: ") and "adapter_config.json can't be read" in err
 
 
 def test_gc_deletes_old_and_unfinished_generations_and_keeps_the_current_one(world: tuple[AdapterStore, str], tiny_tree: Tree) -> None:

@@ -42,6 +42,26 @@ class AdapterSettings(Section):
     top_layers: int | None = Field(None, ge=1)
 
 
+class RetentionSettings(Section):
+    """How long what nobody asks for is kept; None: for good. Garbage collection applies it.
+
+    unused_adapters_days: an adapter whose user was neither served nor fitted for so many whole days goes; who was served is written down.
+
+    examples_days: a user's examples are kept beside the adapter for so many days, to be fitted with newer ones and on new generations;
+    texts then lie in the store, so allow_plain must say that this is meant.
+    """
+
+    unused_adapters_days: int | None = Field(None, ge=1, le=36_500)
+    examples_days: int | None = Field(None, ge=1, le=36_500)
+    allow_plain: bool = False
+
+    @model_validator(mode="after")
+    def _texts_are_meant_to_be_kept(self) -> RetentionSettings:
+        if self.examples_days is not None and not self.allow_plain:
+            raise ValueError("examples_days keeps users' texts in a store that isn't encrypted: set allow_plain to true if that is meant")
+        return self
+
+
 class StoreSettings(Section):
     """Where adapters live: a path, file:///path, s3://bucket/prefix, memory://name for tests, or what else fsspec knows (gs://, ...).
 
@@ -55,6 +75,7 @@ class StoreSettings(Section):
     options: dict[str, str | int | float | bool] = {}
     encryption: EncryptionSettings | None = None
     sse: ServerSideSettings | None = None
+    retention: RetentionSettings = RetentionSettings()
 
     @model_validator(mode="after")
     def _no_password(self) -> StoreSettings:

@@ -24,6 +24,7 @@ from plora_ray.store.objects import SERVING_RETRY_S, ObjectStore
 from plora_ray.store.pulling import Puller
 from plora_ray.store.reader import GenerationReader
 from plora_ray.store.record_cache import RecordCache
+from plora_ray.store.retained import forget_examples
 from plora_ray.store.store_identity import open_identity
 from plora_ray.store.tombstones import Tombstones, tombstone_version, write_tombstone
 from plora_ray.store.writer import GenerationWriter
@@ -270,6 +271,7 @@ class AdapterStore:
         write_tombstone(self.objects, key, Tombstone(version=version, erased_at=now_iso()))
         if self.keys is not None:
             self.keys.destroy(key, version)
+        forget_examples(self.objects, key)
         self.fresh.empty(key, version)
         return version
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from pydantic import BaseModel
+
 from plora_ray.errors import CorruptObjectError, StoreError
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
@@ -20,9 +22,11 @@ from plora_ray.store.encryption.ring import check_ring
 from plora_ray.store.encryption.sealing import Place
 from plora_ray.store.manifest import Beginning, Current, Manifest, SegmentRef, StoreIdentity, Tombstone, load_json
 from plora_ray.store.objects import PROBE, ObjectInfo
+from plora_ray.store.retained import decode_examples
 from plora_ray.store.row_digests import decode_row_digests
 from plora_ray.store.segments import decode_segment
 from plora_ray.store.shared import decode_shared
+from plora_ray.store.uses import Since, decode_uses
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,12 @@ class _Check:
             elif names.erased_key(path) is not None:
                 self._found.erased += 1
                 self._object(path, partial(self._json, Tombstone))
+            elif names.examples_key(path) is not None:
+                self._object(path, self._examples)
+            elif names.used_day(path) is not None:
+                self._object(path, self._uses)
+            elif path == names.USED_SINCE:
+                self._object(path, partial(self._json, Since))
             elif names.generation_of(path) is not None:
                 self._beside(path, manifests)
         self._found.unknown = sorted(self._left)
@@ -166,7 +176,7 @@ class _Check:
         return generation is None or not self._objects.exists(names.manifest(generation))
 
     @staticmethod
-    def _json(kind: type[Beginning | Tombstone | StoreIdentity | Canary], path: str, data: bytes) -> None:
+    def _json(kind: type[BaseModel], path: str, data: bytes) -> None:
         load_json(kind, data, path)
 
     @staticmethod
@@ -187,6 +197,15 @@ class _Check:
             raise CorruptObjectError("holds other users than its manifest says: restore it or train again")
         place = Place(manifest.generation, manifest.shared.sha256, manifest.kind)
         self._decryption.check_records(segment.keys, segment.records, place, path)
+
+    @staticmethod
+    def _examples(path: str, data: bytes) -> None:
+        if decode_examples(data, path)[0] != names.examples_key(path):
+            raise CorruptObjectError("holds another user's examples: delete it")
+
+    @staticmethod
+    def _uses(path: str, data: bytes) -> None:
+        decode_uses(data, path)
 
     def _fresh(self, path: str, data: bytes) -> None:
         found = decode_fresh(data, path)

@@ -10,6 +10,9 @@ CANARY = "canary"
 GENERATIONS = "generations"
 ERASED = "erased"
 FRESH = "users"
+EXAMPLES = "examples"
+USED = "used"
+USED_SINCE = f"{USED}/since.json"
 MANIFEST = "manifest.json"
 BEGINNING = "begun.json"
 SHARED = "shared.safetensors"
@@ -19,6 +22,8 @@ KEY_RING = "keys/ring.json"
 _SEGMENT = re.compile(r".*/segments/(\d{5,})\.safetensors")
 _FRESH = re.compile(FRESH + r"/[0-9a-f]{2}/([0-9a-f]{32})\.safetensors")
 _KEY_SHARD = re.compile(KEYS + r"/([0-9a-f]{2})\.safetensors")
+_EXAMPLES = re.compile(EXAMPLES + r"/[0-9a-f]{2}/([0-9a-f]{32})\.safetensors")
+_USED = re.compile(USED + r"/(\d{4}-\d{2}-\d{2})/[0-9a-f]{32}\.safetensors")
 _TOMBSTONE = re.compile(ERASED + r"/([0-9a-f]{32})\.json")
 
 
@@ -73,6 +78,26 @@ def fresh_key(path: str) -> bytes | None:
     """The key whose fresh object lies at `path`; None if that is no fresh object's name."""
     match = _FRESH.fullmatch(path)
     return bytes.fromhex(match[1]) if match else None
+
+
+def examples(key: bytes) -> str:
+    return f"{EXAMPLES}/{key.hex()[:2]}/{key.hex()}.safetensors"
+
+
+def examples_key(path: str) -> bytes | None:
+    """The key of the user whose retained examples lie at `path`; None if that is no such name."""
+    match = _EXAMPLES.fullmatch(path)
+    return bytes.fromhex(match[1]) if match else None
+
+
+def used(day: str, name: str) -> str:
+    return f"{USED}/{day}/{name}.safetensors"
+
+
+def used_day(path: str) -> str | None:
+    """The day, as ISO 8601, whose users the object at `path` holds; None if that is no such name."""
+    match = _USED.fullmatch(path)
+    return match[1] if match else None
 
 
 def tombstone(key: bytes) -> str:

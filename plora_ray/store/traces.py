@@ -13,6 +13,7 @@ from plora_ray.identity import KEY_BYTES, as_words
 from plora_ray.store import names
 from plora_ray.store.adapter_store import AdapterStore
 from plora_ray.store.manifest import SegmentRef
+from plora_ray.store.retained import count_examples
 from plora_ray.store.row_digests import read_row_digests
 from plora_ray.store.segments import decode_index
 from plora_ray.store.tombstones import tombstone_version
@@ -22,14 +23,15 @@ from plora_ray.store.tombstones import tombstone_version
 class Traces:
     """records: published generations in whose segments the user's record lies. row_digests: those that keep a digest of the user's rows.
 
-    fresh_adapter: whether one of the user's lies below users/. data_key: whether there is a key that opens what is encrypted of the
-    user; None in a store without encryption. erased: when the user was last erased, as a version. unfinished: generations and runs
-    that are not published, where nobody looked.
+    fresh_adapter: whether one of the user's lies below users/. retained_examples: how many lie below examples/. data_key: whether there
+    is a key that opens what is encrypted of the user; None in a store without encryption. erased: when the user was last erased, as a
+    version. unfinished: generations and runs that are not published, where nobody looked.
     """
 
     records: list[str]
     row_digests: list[str]
     fresh_adapter: bool
+    retained_examples: int
     data_key: bool | None
     erased: str | None
     unfinished: list[str]
@@ -50,7 +52,8 @@ def traces_of(store: AdapterStore, key: bytes) -> Traces:
     fresh, data_key = standing is not None and standing.adapter is not None, None if store.keys is None else store.keys.has(key)
     unfinished = sorted(set(store.objects.folders(names.GENERATIONS)) - set(published))
     runs = [f"runs/{name}" for name in store.objects.folders("runs")]
-    return Traces(records, digests, fresh, data_key, tombstone_version(store.objects, key), unfinished + runs)
+    erased, retained = tombstone_version(store.objects, key), count_examples(store.objects, key)
+    return Traces(records, digests, fresh, retained, data_key, erased, unfinished + runs)
 
 
 def _holds(store: AdapterStore, segment: SegmentRef, key: bytes) -> bool:

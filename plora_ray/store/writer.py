@@ -157,10 +157,12 @@ class GenerationWriter:
         partition: dict[str, Any] | None = None,
         segments: Mapping[int, SegmentRef] | None = None,
         activate: bool = True,
+        created_at: str | None = None,
     ) -> Manifest:
         """Publish the generation and, with `activate`, make it the current one.
 
-        segments are the finished waves; without them all are read back and verified. Raises StoreError, with nothing published,
+        segments are the finished waves; without them all are read back and verified. created_at: ISO 8601, of the generation that this
+        one stands in for; None: now. Raises StoreError, with nothing published,
         if shared weights are missing, segments are missing or overlap, or they don't hold exactly `expected_users` users; and if
         another writer published this generation first. Committing twice with one writer is fine.
         """
@@ -174,15 +176,16 @@ class GenerationWriter:
                 f"generation {self.generation} has {users} users in {len(found)} finished waves, expected {expected_users}: "
                 "run the job again, it trains what is missing"
             )
-        manifest = self._manifest(shared, list(found.values()), model, adapter_config, partition or {})
+        manifest = self._manifest(shared, list(found.values()), model, adapter_config, partition or {}, created_at or now_iso())
         self._publish(manifest)
         if activate:
             self._activate(self.generation)
         return manifest
 
     def _manifest(
-        self, shared: ObjectRef, segments: list[SegmentRef], model: ModelRef, adapter_config: dict[str, Any], partition: dict[str, Any]
-    ) -> Manifest:
+        self, shared: ObjectRef, segments: list[SegmentRef], model: ModelRef, adapter_config: dict[str, Any], partition: dict[str, Any],
+        created_at: str,
+    ) -> Manifest:  # fmt: skip
         widths = {segment.width for segment in segments}
         if len(widths) > 1:
             raise StoreError(f"the waves of generation {self.generation} have records of different widths: {sorted(widths)}")
@@ -191,7 +194,7 @@ class GenerationWriter:
                 generation=self.generation,
                 version=self.version,
                 commit_id=self.commit_id,
-                created_at=now_iso(),
+                created_at=created_at,
                 kind=self.kind,
                 width=widths.pop() if widths else 0,
                 model=model,

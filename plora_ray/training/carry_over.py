@@ -5,9 +5,8 @@ Shared parameters, prior and head are the base's, byte for byte; so its adapters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
@@ -71,20 +70,21 @@ class Base:
 
 def plan_new_data(
     store: AdapterStore, base: Base, trained_users: Callable[[int], TrainedUsers], partitions: int, limits: WaveLimits,
-    save: Callable[[int, PartitionPlan], None],
+    save: Callable[[int, PartitionPlan], None], unused: Set[bytes] = frozenset(),
 ) -> tuple[Plan, FreshSnapshot]:  # fmt: skip
     """Plan a generation in which only users with new or changed rows are fitted; also the fresh objects that were looked at.
 
-    trained_users: reads who has training rows in a partition. save: is handed each partition's plan. Erased users are left out.
+    trained_users: reads who has training rows in a partition. save: is handed each partition's plan. Erased users are left out, and
+    `unused` ones unless they have new rows.
     """
     erased = store.tombstones().keys()
     snapshot = FreshSnapshot.take(store.objects)
     manifest = base.reader.manifest
     builder, new, left_out, unknown = PlanBuilder(limits), 0, 0, 0
     parts = zip(
-        _by_partition(zip(base.reader.keys(), repeat(None), strict=False), partitions),
+        _by_partition(((key, None) for key in base.reader.keys() if key not in unused), partitions),  # noqa: SIM118
         _by_partition(_pairs(*read_row_digests(store.objects, manifest.generation)), partitions),
-        _by_partition(((key, None) for key in snapshot.keys if key not in erased), partitions),
+        _by_partition(((key, None) for key in snapshot.keys if key not in erased and key not in unused), partitions),
         strict=True,
     )
     for partition, (had, digests, fresh) in enumerate(parts):

@@ -11,7 +11,10 @@ from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore
 from plora_ray.store.collection import abandon
 from plora_ray.store.folding import raise_late_versions
+from plora_ray.store.lineage import CARRIED
 from plora_ray.store.manifest import Manifest, ModelRef, SegmentRef
+from plora_ray.store.uses import begin_uses, today, write_uses
+from plora_ray.training.plan import Action
 from plora_ray.training.prepare import Prepared
 from plora_ray.training.progress import ProgressLine
 from plora_ray.training.report import REPORT_HTML, REPORT_JSON, TrainingReport
@@ -53,7 +56,10 @@ def publish(
             "spec": spec.to_json(), "labels": assignment.labels.to_json(), "max_length": settings.model.max_length,
             "fit": settings.user_fit().to_json(),
         },
-        partition={"partitions": settings.training.partitions, "waves": len(assignment.waves)},
+        partition={
+            "partitions": settings.training.partitions, "waves": len(assignment.waves),
+            **({CARRIED: assignment.base} if settings.training.only_users_with_new_data else {}),
+        },
         segments=segments,
         activate=settings.training.activate and not settings.training.only_users_with_new_data,  # `finish` decides about these
     )  # fmt: skip
@@ -77,6 +83,8 @@ def finish(prepared: Prepared, line: ProgressLine, *, seconds: float) -> Publish
         store.activate(generation)  # never take over from a newer generation
     if not activate:
         line.say(f"generation {generation} is published and doesn't serve: `plora generations canary` tries it, `activate` makes it serve")
+    if prepared.assignment.settings.store.retention.unused_adapters_days is not None:
+        _note_fitted(prepared)
     prepared.run.delete()
     return _published(store, manifest, seconds)
 
@@ -107,6 +115,16 @@ def _succeed_base(prepared: Prepared, manifest: Manifest, line: ProgressLine, ac
             f"generation {generation} is published but doesn't serve, because {store.current()} took over from its base {base} "
             f"meanwhile: `plora generations activate {generation}` makes it serve"
         )
+
+
+def _note_fitted(prepared: Prepared) -> None:
+    """Write down that the adapters of the users who were fitted are in use."""
+    run, objects = prepared.run, prepared.store.objects
+    plan = run.plan.load()
+    begin_uses(objects)
+    for partition in sorted({wave.partition for wave in plan.waves}) if plan is not None else []:
+        planned = run.plan.load_partition(partition)
+        write_uses(objects, (key.tobytes() for key in planned.keys[planned.actions == Action.FIT]), today())
 
 
 def _published(store: AdapterStore, manifest: Manifest, seconds: float) -> Published:

@@ -40,10 +40,15 @@ class Heartbeat:
 
 @dataclass
 class RunsLeft:
-    """deleted: names of abandoned runs. needed: generations that the other runs make or start from."""
+    """deleted: names of abandoned runs. alive: the other runs, and which generations each makes or starts from."""
 
     deleted: list[str] = field(default_factory=list)
-    needed: set[str] = field(default_factory=set)
+    alive: dict[str, set[str]] = field(default_factory=dict)
+
+    @property
+    def needed(self) -> set[str]:
+        """The generations that runs at work make or start from."""
+        return set().union(*self.alive.values())
 
 
 def delete_abandoned_runs(objects: ObjectStore, *, grace_s: float, dry_run: bool = False) -> RunsLeft:
@@ -54,7 +59,7 @@ def delete_abandoned_runs(objects: ObjectStore, *, grace_s: float, dry_run: bool
         head = run.head()
         written = [item.modified_s for item in objects.list(run.folder)]
         if written and time.time() - max(written) < max(grace_s, ALIVE_S):
-            left.needed |= {generation for generation in (head.generation, head.base) if generation} if head else set()
+            left.alive[name] = {generation for generation in (head.generation, head.base) if generation} if head else set()
             continue
         left.deleted.append(name)
         if not dry_run:

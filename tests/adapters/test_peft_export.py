@@ -19,6 +19,7 @@ from plora_ray.adapters.model import AdapterSpec, PersonalizedModel, pool
 from plora_ray.adapters.pretrained import weight_hash
 from plora_ray.errors import ConfigError, StoreError
 from plora_ray.inference import InferenceEngine, load_generation
+from plora_ray.inference.bring import import_user
 from plora_ray.inference.export import export_user
 from plora_ray.store import AdapterStore, ModelRef, UserAdapter, new_version
 
@@ -134,6 +135,25 @@ def test_the_readme_says_when_peft_cannot_merge(store: AdapterStore, tmp_path: P
             model.merge_and_unload()
     else:
         model.merge_and_unload()
+
+
+def test_an_exported_user_comes_back_as_the_same_record_and_answers_alike_in_peft(store: AdapterStore, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    export_user(store, USER, tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "plora.json").read_text())
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(about["model"]), str(tmp_path / "out"))
+    (tmp_path / "again").mkdir()
+    model.save_pretrained(str(tmp_path / "again"))  # as PEFT itself writes it, without head and about
+    original = store.pull(store.open_generation(), store.key(USER))
+    for user, folder, examples in (("mover", "out", 7), ("by-peft", "again", 0)):
+        brought = import_user(store, user, tmp_path / folder)
+        served = store.pull(store.open_generation(), store.key(user))
+        assert served is not None and original is not None and served.source == "fresh" and served.version == brought.version
+        np.testing.assert_allclose(served.record, original.record, atol=1e-5, rtol=0)
+        assert served.examples == examples
+    export_user(store, "mover", tmp_path / "moved")
+    assert probabilities_by_peft(tmp_path / "moved") == pytest.approx(probabilities_by_peft(tmp_path / "out"), abs=1e-5)
 
 
 def test_exporting_needs_no_peft(store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ def publish(store: AdapterStore, generation: str, value: float, width: int = WID
     for wave, part in enumerate((order[:4], order[4:])):
         keys = np.frombuffer(b"".join(store.key(USERS[place]) for place in part), np.uint8).reshape(-1, 16)
         records = np.repeat(np.array(part, np.float32)[:, None] + np.float32(value), width, 1)
+        writer.write_row_digests(wave, keys, np.full((len(part), 16), 9, np.uint8))
         writer.write_segment(wave, keys, records, np.full(len(part), 7, np.int32))
     config = {"labels": LabelSpace("classification", ("no", "yes")).to_json()}
     writer.commit(expected_users=len(USERS), model=ModelRef(name="m", weight_hash="0"), adapter_config=config)

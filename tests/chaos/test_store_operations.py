@@ -16,8 +16,10 @@ import pytest
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore, collection, names, retries
 from plora_ray.store.fsck import check
+from plora_ray.store.traces import traces_of
 from plora_ray.store.transfer import copy_generation, open_target
 from plora_ray.training.compaction import compact
+from plora_ray.training.garbage import collect_garbage
 from plora_ray.training.run_state import RunState
 from tests.chaos.small_store import ROOT_KEY_VARIABLE, USERS, adapt, nobody_watches, opened, prepared, publish, served
 
@@ -79,12 +81,20 @@ def collect(store: AdapterStore) -> None:
     collection.collect(store, keep=1, grace_s=0)
 
 
+def collect_erased(store: AdapterStore) -> None:
+    """Write the generation anew that holds bytes of an erased user and serves, and delete all others."""
+    garbage = collect_garbage(store, keep=1, grace_s=0, on_users=nobody_watches)
+    if garbage.left:
+        raise StoreError("not all could be written anew")
+
+
 OPERATIONS: dict[str, Callable[[AdapterStore], object]] = {
     "publish": lambda store: publish(store, "g3", 300.0),
     "adapt": lambda store: adapt(store, USERS[5], 500.0),
     "compact": lambda store: compact(store, nobody_watches),
     "erase": lambda store: store.erase(store.key(USERS[1])),
     "gc": collect,
+    "gc of erased": collect_erased,
     "rollback": lambda store: store.activate("g1"),
 }
 
@@ -137,6 +147,9 @@ def test_a_fault_at_any_step_leaves_the_old_or_the_new_state_whole_and_the_opera
             assert store.keys is not None and not store.keys.has(store.key(USERS[1]))
         if name == "compact":
             assert store.objects.list("runs") == []
+        if name == "gc of erased":
+            left = traces_of(store, store.key(USERS[3]))
+            assert (left.records, left.row_digests, left.unfinished, len(store.generations())) == ([], [], [], 1)
         if name == "gc":
             assert [info.generation for info in store.generations()] == ["g2"] == store.objects.folders(names.GENERATIONS)
 

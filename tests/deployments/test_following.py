@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deployments.engines import CurrentGeneration
-from deployments.fitting import FitRequest, FittingService
+from deployments.fitting import FitRequest, FitResult, FittingService
+from deployments.prediction import PredictionService
 from plora_ray.config import Settings, parse_settings
 from plora_ray.errors import DataError, ErasedDuringFit, StoreError
 from plora_ray.inference import LoadedGeneration
-from plora_ray.store import AdapterStore, UserAdapter, new_version
+from plora_ray.store import AdapterStore, UserAdapter, names, new_version
 from plora_ray.store.adapters import now_iso
+from plora_ray.store.uses import read_uses, today
 from tests.generations import DIM, publish
 
 USERS = ["ann", "bob"]
@@ -147,3 +151,33 @@ def test_one_users_impossible_examples_fail_that_user_only(store: AdapterStore, 
     assert fitted.adapter is not None and fitted.adapter.record.shape == (DIM,) and known.adapter is not None
     assert failed.adapter is None and isinstance(failed.error, DataError)
     assert store.get_fresh(store.key("x")) is not None and store.get_fresh(store.key("y")) is None
+
+
+def test_with_retention_on_a_replica_writes_down_whom_it_served_with_their_own_adapter(store: AdapterStore, tiny_plm: str) -> None:
+    publish(store, tiny_plm, "g1", USERS)
+    for retention, expected in (({}, set()), ({"unused_adapters_days": 30}, {store.key("ann")})):
+        settings = parse_settings({"store": {"uri": store.uri, "retention": retention}, "serving": {"refresh_s": 3600}})
+        service = PredictionService(settings, fit=never)
+        asyncio.run(service.predict([("ann", "one text"), ("stranger", "one text"), ("ann", "another")]))
+        service.close()
+        assert {key.tobytes() for key in read_uses(store.objects, today())} == expected
+
+
+def test_with_retention_on_a_users_earlier_examples_are_fitted_with_the_new_ones(store: AdapterStore, tiny_plm: str) -> None:
+    publish(store, tiny_plm, "g1", USERS)
+    retention = {"examples_days": 30, "allow_plain": True}
+    service = FittingService(parse_settings({"store": {"uri": store.uri, "retention": retention}, "serving": {"refresh_s": 3600}}))
+    plain = FittingService(parse_settings({"store": {"uri": store.uri}, "serving": {"refresh_s": 3600}}))
+    first, second = FitRequest(store.key("new"), ["one", "two"], ["yes", "no"]), FitRequest(store.key("new"), ["three"], ["yes"])
+    service.fit([first])
+    found = service.fit([second])[0].adapter
+    together = plain.fit([FitRequest(store.key("other"), ["one", "two", "three"], ["yes", "no", "yes"])])[0].adapter
+    for fitting in (service, plain):
+        fitting.close()
+    assert found is not None and together is not None and found.examples == 3
+    np.testing.assert_allclose(found.record, together.record, atol=1e-6)
+    assert [names.examples_key(item.path) for item in store.objects.list(names.EXAMPLES)] == [store.key("new")]
+
+
+async def never(request: FitRequest) -> FitResult:
+    raise AssertionError("nobody is fitted here")

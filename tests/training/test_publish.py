@@ -16,6 +16,7 @@ from plora_ray.data.stats import PartitionCounts, PartitionStats
 from plora_ray.data.trained_users import TrainedUsers
 from plora_ray.errors import StoreError
 from plora_ray.store import AdapterStore, ModelRef
+from plora_ray.store.uses import read_uses, today
 from plora_ray.training.memory import ModelSize
 from plora_ray.training.plan import PartitionPlan, Plan, PlanBuilder
 from plora_ray.training.prepare import Prepared
@@ -140,6 +141,14 @@ def test_what_is_published_without_activation_leaves_the_current_generation_serv
     assert f"{job.assignment.generation} is published and doesn't serve" in capsys.readouterr().err
     job.store.set_canary(job.assignment.generation, 0.1)
     assert job.store.canary() is not None
+
+
+def test_with_retention_on_the_users_who_were_fitted_count_as_used(tmp_path: Path, tiny_tree: dict[str, Any]) -> None:
+    job = Job.begin(tmp_path, {**tiny_tree, "store": {**tiny_tree["store"], "retention": {"unused_adapters_days": 30}}})
+    for wave in range(3):
+        job.write(wave, 2)
+    job.end()
+    assert read_uses(job.store.objects, today()).tolist() == job.keys.tolist()
 
 
 @pytest.mark.parametrize("erased_place", [1, 5])
