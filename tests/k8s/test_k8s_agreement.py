@@ -174,9 +174,16 @@ def test_head_and_workers_of_the_service_have_the_haproxy_variables(rendered: Re
         assert serving == (haproxy_environment() if name.startswith("serve") else {}), name
 
 
-def test_every_variable_is_one_that_the_code_reads(rendered: Rendered) -> None:
+def test_every_variable_is_one_that_the_code_reads(rendered: Rendered, settings: Settings) -> None:
     sources = "".join(file.read_text(encoding="utf-8") for room in ("plora_ray", "deployments") for file in (ROOT / room).rglob("*.py"))
-    foreign = {"RAY_AUTH_MODE", EnvProvider.ACCESS_KEY, EnvProvider.SECRET_KEY, *haproxy_environment()}
+    encryption = settings.store.encryption
+    foreign = {
+        encryption.key_env if encryption else None,
+        "RAY_AUTH_MODE",
+        EnvProvider.ACCESS_KEY,
+        EnvProvider.SECRET_KEY,
+        *haproxy_environment(),
+    }
     for name, template in rendered.ray_templates().items():
         for container in [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]:
             for variable in set(environment(container)) - foreign:
@@ -194,6 +201,13 @@ def test_keys_and_credentials_come_from_secrets_that_are_listed_and_never_from_t
                 assert reference["name"] in listed and reference["key"] in listed, (name, variable["name"])
     text = json.dumps(rendered.objects)
     assert not re.search(r"BEGIN [A-Z ]*PRIVATE KEY|AKIA[0-9A-Z]{16}", text)
+
+
+def test_prod_encrypts_and_every_ray_pod_has_the_root_key(prod: Rendered) -> None:
+    encryption = parse_settings(prod.settings_tree()).store.encryption
+    assert encryption is not None and encryption.key_env is not None
+    for name, template in prod.ray_templates().items():
+        assert encryption.key_env in environment(template["spec"]["containers"][0]), name
 
 
 def test_raising_the_settings_version_changes_what_the_operator_compares(rendered: Rendered) -> None:
