@@ -94,7 +94,7 @@ class FittingService:
 
     def _retained(self, loaded: LoadedGeneration) -> RetainedExamples | None:
         days = self._retention.examples_days
-        return None if days is None else RetainedExamples(loaded.store.objects, days)
+        return None if days is None else loaded.store.retained_examples(days)
 
     def _store(self, loaded: LoadedGeneration, request: FitRequest, erased: str | None, fit: Fit) -> FitResult:
         adapter = UserAdapter(

@@ -239,7 +239,6 @@ def users_refit(config: ConfigOption, overrides: SetOption = None) -> None:
     from plora_ray.errors import ConfigError
     from plora_ray.inference import FewShotFitter, load_generation
     from plora_ray.inference.refit import refit_fresh
-    from plora_ray.store.retained import RetainedExamples
 
     days = settings.store.retention.examples_days
     if days is None:
@@ -247,7 +246,7 @@ def users_refit(config: ConfigOption, overrides: SetOption = None) -> None:
     loaded = load_generation(_store(settings))
     fitter = FewShotFitter(loaded, batch_tokens=settings.serving.batch_tokens, batch_rows=settings.serving.batch_rows)
     with _bar("fitting users") as show:
-        _print(asdict(refit_fresh(loaded, fitter, RetainedExamples(loaded.store.objects, days), show)))
+        _print(asdict(refit_fresh(loaded, fitter, loaded.store.retained_examples(days), show)))
 
 
 @generations_app.command("list")

@@ -77,7 +77,7 @@ def test_users_of_retained_examples_are_fitted_again_and_only_if_examples_are_re
     assert code == 0 and json.loads(out) == {"fitted": 1, "standing": 0, "refused": 0}, err
     assert store.get_fresh(store.key("dora")) is not None
     code, _, err = plora(config, "users", "refit", "--set", "store.retention.examples_days=30")
-    assert code == 2 and "set allow_plain to true" in err
+    assert code == 2 and "retention.allow_plain to true" in err
 
 
 def test_an_exported_user_is_imported_for_another_one(world: tuple[AdapterStore, str], tmp_path: Path) -> None:

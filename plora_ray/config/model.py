@@ -48,18 +48,12 @@ class RetentionSettings(Section):
     unused_adapters_days: an adapter whose user was neither served nor fitted for so many whole days goes; who was served is written down.
 
     examples_days: a user's examples are kept beside the adapter for so many days, to be fitted with newer ones and on new generations;
-    texts then lie in the store, so allow_plain must say that this is meant.
+    texts then lie in the store, so that must be encrypted, or allow_plain say that this is meant.
     """
 
     unused_adapters_days: int | None = Field(None, ge=1, le=36_500)
     examples_days: int | None = Field(None, ge=1, le=36_500)
     allow_plain: bool = False
-
-    @model_validator(mode="after")
-    def _texts_are_meant_to_be_kept(self) -> RetentionSettings:
-        if self.examples_days is not None and not self.allow_plain:
-            raise ValueError("examples_days keeps users' texts in a store that isn't encrypted: set allow_plain to true if that is meant")
-        return self
 
 
 class StoreSettings(Section):
@@ -88,6 +82,15 @@ class StoreSettings(Section):
             raise ValueError(f"options: {secret} may hold a secret; give credentials by the environment instead (docs/store.md, Backends)")
         if self.options and self._scheme in ("", "file", "memory", "s3"):
             raise ValueError("options are for gs://, az:// and such; s3:// has endpoint_url and region, files and memory have none")
+        return self
+
+    @model_validator(mode="after")
+    def _texts_are_meant_to_be_kept(self) -> StoreSettings:
+        if self.retention.examples_days is not None and self.encryption is None and not self.retention.allow_plain:
+            raise ValueError(
+                "retention.examples_days keeps users' texts in a store that isn't encrypted: set store.encryption, "
+                "or retention.allow_plain to true if that is meant"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from plora_ray.store.canary import Canary, end_canary, read_canary, write_canary
 from plora_ray.store.encryption.records import Records
 from plora_ray.store.encryption.root_key import RootKeySource
 from plora_ray.store.encryption.user_keys import UserKeys
+from plora_ray.store.encryption.user_seal import UserSeal
 from plora_ray.store.fresh import FreshAdapters
 from plora_ray.store.manifest import Beginning, Current, Manifest, Tombstone, check_generation_id, dump_json, load_json
 from plora_ray.store.object_errors import ObjectExists
@@ -24,7 +25,7 @@ from plora_ray.store.objects import SERVING_RETRY_S, ObjectStore
 from plora_ray.store.pulling import Puller
 from plora_ray.store.reader import GenerationReader
 from plora_ray.store.record_cache import RecordCache
-from plora_ray.store.retained import forget_examples
+from plora_ray.store.retained import RetainedExamples, forget_examples
 from plora_ray.store.store_identity import open_identity
 from plora_ray.store.tombstones import Tombstones, tombstone_version, write_tombstone
 from plora_ray.store.writer import GenerationWriter
@@ -274,6 +275,10 @@ class AdapterStore:
         forget_examples(self.objects, key)
         self.fresh.empty(key, version)
         return version
+
+    def retained_examples(self, days: int) -> RetainedExamples:
+        """The users' examples that are kept for `days` days; sealed under the users' data keys if the store is encrypted."""
+        return RetainedExamples(self.objects, days, None if self.keys is None else UserSeal(self.keys, "plora-examples"))
 
     def tombstones(self) -> dict[bytes, str]:
         """Every erased user's key, with the version of the erasure. Reads only what is new since the last call."""

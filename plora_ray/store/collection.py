@@ -45,6 +45,8 @@ def collect(
     for item in store.objects.list(PROBE):  # left by a process that was killed while it probed
         if time.time() - item.modified_s >= grace_s and not dry_run:
             store.objects.delete(item.path)
+    if not dry_run:
+        store.objects.abort_uploads(grace_s)
     published = [info.generation for info in store.generations()]
     current, canary = store.current(), store.canary()
     kept = set([generation for generation in published if replaced.get(generation) is None][-keep:])

@@ -17,7 +17,6 @@ from plora_ray.store.collection import Collected, check_keep, collect
 from plora_ray.store.erased_bytes import ErasedBytes, erased_bytes
 from plora_ray.store.lineage import COMPACTED, UNUSED
 from plora_ray.store.manifest import Manifest
-from plora_ray.store.retained import RetainedExamples
 from plora_ray.store.unused import Unused, forget_unused, unused_users
 from plora_ray.store.uses import fold_uses, today
 from plora_ray.training.compaction import compact, compaction_run
@@ -84,7 +83,7 @@ def collect_garbage(
         garbage.forgotten = forget_unused(store, unused)
         fold_uses(store.objects, today() - datetime.timedelta(days=unused_days))
     if not dry_run:
-        garbage.expired = RetainedExamples(store.objects, retention.examples_days or FOR_GOOD_DAYS).expire()
+        garbage.expired = store.retained_examples(retention.examples_days or FOR_GOOD_DAYS).expire()
     needed = delete_abandoned_runs(store.objects, grace_s=grace_s, dry_run=True).needed
     garbage.deleted = collect(store, keep=keep, grace_s=grace_s, needed=needed, replaced=rewriting.replaced(), dry_run=dry_run)
     gone = {item.generation for item in garbage.deleted}

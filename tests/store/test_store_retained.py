@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import uuid
 
+import numpy as np
 import pytest
 
 from plora_ray.errors import CorruptObjectError, ErasedDuringFit
-from plora_ray.store import AdapterStore, names, retained
+from plora_ray.store import AdapterStore, RootKeySource, UserAdapter, names, new_version, retained
 from plora_ray.store.fsck import check
 from plora_ray.store.retained import MOST_EXAMPLES, Retained, RetainedExamples
 from plora_ray.store.traces import traces_of
@@ -31,6 +32,12 @@ class Backwards:
 @pytest.fixture
 def store() -> AdapterStore:
     return AdapterStore(f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def encrypted(monkeypatch: pytest.MonkeyPatch) -> AdapterStore:
+    monkeypatch.setenv("EXAMPLES_ROOT_KEY", "5a" * 32)
+    return AdapterStore(f"memory://{uuid.uuid4().hex}", encryption=RootKeySource(key_env="EXAMPLES_ROOT_KEY"))
 
 
 @pytest.fixture
@@ -117,3 +124,26 @@ def test_damaged_examples_and_another_users_are_errors(store: AdapterStore, ann:
         store.objects.write(names.examples(ann), data[:place] + bytes([data[place] ^ 8]) + data[place + 1 :])
         with pytest.raises(CorruptObjectError):
             examples.of(ann)
+
+
+def test_in_an_encrypted_store_examples_are_sealed_under_the_users_own_key_and_end_with_it(encrypted: AdapterStore) -> None:
+    ann, bob = encrypted.key("ann"), encrypted.key("bob")
+    examples = encrypted.retained_examples(30)
+    with pytest.raises(ErasedDuringFit):
+        examples.keep(ann, ["a text"], ["yes"])  # whoever has no adapter has no data key, and nobody makes one for examples
+    for key in (ann, bob):
+        encrypted.put_fresh(UserAdapter(key, np.ones(3, np.float32), 1, "g1", new_version(), "now", "fresh", "0" * 64))
+        examples.keep(key, ["a secret text"], ["yes"])
+    assert rows(examples.of(ann)) == [("a secret text", "yes")]
+    stored = encrypted.objects.read(names.examples(ann))
+    assert b"secret" not in stored
+    _, sealed = retained.decode_examples(stored, "ann")
+    seal = encrypted.retained_examples(30)._seal
+    assert b"secret" in seal.opened(ann, sealed, "ann")
+    with pytest.raises(CorruptObjectError, match="can't be decrypted"):
+        seal.opened(bob, sealed, "bob")
+    encrypted.erase(ann)
+    encrypted.objects.write(names.examples(ann), stored)  # from a backup
+    with pytest.raises(CorruptObjectError, match="can't be decrypted"):
+        examples.of(ann)
+    assert rows(examples.of(bob)) == [("a secret text", "yes")]
