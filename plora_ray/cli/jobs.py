@@ -13,6 +13,7 @@ from plora_ray.planning import plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A model of its own for every user.")
 
+
 @app.command("train-all")
 @reports_errors
 def train_all(
