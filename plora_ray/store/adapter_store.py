@@ -237,7 +237,7 @@ class AdapterStore:
     def pull(
         self, reader: GenerationReader, key: bytes, *, records: RecordCache | None = None, may_be_fresh: bool = True
     ) -> UserAdapter | None:
-        """The adapter to serve this user with, from the store: two requests at the same time (encrypted: three), whatever its size.
+        """The adapter to serve this user with, from the store: two requests at the same time (encrypted: three), however large it is.
 
         The newer of the fresh adapter (if it was fitted with this generation's shared weights) and the generation's own; None
         for a user with neither, and for an erased one. Honours an erasure even before the reader's tombstones are refreshed.
