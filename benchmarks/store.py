@@ -1,6 +1,6 @@
 """The adapter store at a million users, beside an object a user and a Lance dataset.
 
-    python -m benchmarks.store [--quick] [--json] [--users 1000000] [--lora-users 10000] [--where file,s3] [--no-rivals] [--lora-width 36864]
+    python -m benchmarks.store [--quick] [--json] [--users 1000000] [--lora-users 10000] [--lora-width 36864] [--where file,s3]
 
 Each store is published to a folder and to a local S3 server over HTTP, opened anew, and asked for users at random whom it
 hasn't read before. The rivals are asked in turn with ours. Lance takes part if its package (pylance) is installed. The figures that have
