@@ -125,22 +125,22 @@ def generations_gc(
     from plora_ray.training.garbage import collect_garbage
 
     settings = read_settings(config, overrides)
-    would = "would " if dry_run else ""
+    deleted, wrote = ("would delete", "would write") if dry_run else ("deleted", "wrote")
     with progress_bar("writing users") as show:
         garbage = collect_garbage(
             store_of(settings), keep=keep, grace_s=grace_hours * 3600, retention=settings.store.retention, dry_run=dry_run, on_users=show
         )
     for name in garbage.runs:
-        typer.echo(f"{would}delete the working folder of unfinished run {name}")
+        typer.echo(f"{deleted} the working folder of unfinished run {name}")
     for again in garbage.rewritten:
-        typer.echo(f"{would}write {again.generation} anew without {again.held}" + (f": {again.by}" if again.by else ""))
+        typer.echo(f"{wrote} {again.generation} anew without {again.held}" + (f": {again.by}" if again.by else ""))
     if garbage.forgotten:
-        typer.echo(f"take away {garbage.forgotten:,} fresh adapters that nobody used")
+        typer.echo(f"took away {garbage.forgotten:,} fresh adapters that nobody used")
     if garbage.expired:
-        typer.echo(f"take away retained examples of {garbage.expired:,} users")
+        typer.echo(f"took away retained examples of {garbage.expired:,} users")
     for item in garbage.deleted:
         kind = "published" if item.published else "unfinished"
-        typer.echo(f"{would}delete {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")
+        typer.echo(f"{deleted} {item.generation} ({kind}, {item.objects} objects, {item.size:,} bytes)")
     for name, why in garbage.left.items():
         typer.echo(f"left: {name}: {why}", err=True)
     if garbage.failed:

@@ -80,7 +80,7 @@ def collect_garbage(
     if unused.not_yet is not None:
         garbage.left["unused adapters"] = unused.not_yet
     if unused_days is not None and not dry_run:
-        garbage.forgotten = forget_unused(store, unused)
+        garbage.forgotten = forget_unused(store, unused) if unused.keys else 0
         fold_uses(store.objects, today() - datetime.timedelta(days=unused_days))
     if not dry_run:
         garbage.expired = store.retained_examples(retention.examples_days or FOR_GOOD_DAYS).expire()
