@@ -57,7 +57,7 @@ def user_routes(settings: ServingSettings, service: Callable[[], PredictionServi
         ]
         return PredictResponse(predictions=predictions)
 
-    @router.put("/users/{user_id:path}/examples", responses=documented(400, 409))
+    @router.put("/users/{user_id:path}/examples", responses=documented(400, 404, 409))  # 404: of a path without an id
     async def adapt(user_id: User, body: ExamplesRequest, who: Caller, timeout_s: Timeout, response: Response) -> AdaptResponse:
         with doors.audited("adapt", who, user_id=user_id) as audited:
             who.require("adapt", [user_id])
@@ -72,7 +72,7 @@ def user_routes(settings: ServingSettings, service: Callable[[], PredictionServi
             loss_after=adapted.loss_after, seconds=round(adapted.seconds, 4),
         )  # fmt: skip
 
-    @router.put("/users/{user_id:path}/adapter", responses=documented(409), openapi_extra=_BINARY_BODY)
+    @router.put("/users/{user_id:path}/adapter", responses=documented(404, 409), openapi_extra=_BINARY_BODY)
     async def bring(user_id: User, request: Request, who: Caller, response: Response) -> BroughtResponse:
         with doors.audited("bring_adapter", who, user_id=user_id) as audited:
             who.require("adapt", [user_id])
