@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 import uuid
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from plora_ray.errors import CorruptObjectError
 from plora_ray.store import AdapterStore, ModelRef, UserAdapter, new_version, unused, uses
 from plora_ray.store.fsck import check
 from plora_ray.store.objects import ObjectStore
+from plora_ray.store.retained import RetainedExamples
 from plora_ray.store.unused import forget_unused, unused_users
 from plora_ray.store.uses import decode_uses, fold_uses, read_uses, write_uses
 
@@ -139,3 +141,19 @@ def test_unused_fresh_adapters_go_and_those_of_users_who_were_served_or_adapted_
     assert adapt(trained, "adapted").version == trained.get_fresh(newer.key).version  # type: ignore[union-attr]
     found_problems = check(trained, lambda done, total: None)
     assert found_problems.problems == [] == found_problems.unknown
+
+
+def test_uses_and_examples_are_kept_folded_and_deleted_in_every_kind_of_store(place: tuple[str, dict[str, Any] | None]) -> None:
+    store = AdapterStore(*place)
+    long_ago = uses.today() - datetime.timedelta(days=9)
+    for number in (1, 2, 1):
+        write_uses(store.objects, [key(number)], long_ago)
+    fold_uses(store.objects, long_ago)
+    assert len(store.objects.list("used")) == 1 and [row.tobytes() for row in read_uses(store.objects, long_ago)] == [key(1), key(2)]
+    fold_uses(store.objects, uses.today())
+    examples = RetainedExamples(store.objects, 30)
+    examples.keep(store.key("ann"), ["a text"], ["no"])
+    examples.keep(store.key("ann"), ["another"], ["yes"])
+    assert examples.of(store.key("ann")).texts == ["a text", "another"] and store.objects.list("used") == []
+    store.erase(store.key("ann"))
+    assert store.objects.list("examples") == [] and examples.expire() == 0
