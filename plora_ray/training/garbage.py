@@ -107,7 +107,9 @@ class _Rewriting:
         unused: users whose adapters leave what serves.
         """
         replaced = self.replaced()
-        current = self._serving(replaced)
+        canary = self._store.canary()
+        current = self._serving(replaced) if canary is None else self._store.current()
+        tried = {canary.generation, current} if canary is not None else set()  # whatever took their place would end the canary
         kept = [manifest.generation for manifest in self._published if manifest.generation not in replaced][-keep:]
         unfinished = [generation for generation in replaced if compaction_run(generation) in self._runs.alive]
         for generation in dict.fromkeys([current, *reversed(kept), *unfinished]):
@@ -116,6 +118,8 @@ class _Rewriting:
                 continue
             if self._needed_by_others(generation):
                 self.garbage.left[generation] = "stays as it is because a job makes it or starts from it; run gc again after that"
+            elif generation in tried:
+                self.garbage.left[generation] = "stays as it is while a canary runs; run gc again when it has ended"
             else:
                 self._write_anew(generation, leaving)
 

@@ -167,9 +167,11 @@ def test_a_rollback_to_a_replaced_generation_is_honoured_and_its_erased_bytes_go
 
 
 def test_a_damaged_generation_is_named_and_keeps_nothing_else_from_being_collected(store: AdapterStore) -> None:
-    path = store.manifest("g2").segments[0].path  # type: ignore[union-attr]
-    data = store.objects.read(path)
-    store.objects.write(path, data[:-1] + bytes([data[-1] ^ 1]))
+    reader = store.open_generation("g2")
+    place = reader.record_range(reader.lookup(store.key(NAMES[4])))  # type: ignore[arg-type]  # of somebody who wasn't erased
+    data = bytearray(store.objects.read(place.path))
+    data[place.start] ^= 1  # type: ignore[index]
+    store.objects.write(place.path, bytes(data))
     done = collected(store)
     assert done.failed and "g2" in done.left and traces(store) == ["g2"] and len(done.rewritten) == 2
 
@@ -208,3 +210,14 @@ def test_users_erased_again_and_again_leave_one_generation_in_each_place(store: 
     ahead += ALIVE_S
     collected(store, grace_s=ALIVE_S)
     assert [served(store, info.generation)[NAMES[7]] for info in store.generations()] == [107, 207, 307] and traces(store) == []
+
+
+def test_while_a_canary_runs_both_its_generations_stay_as_they_are_and_it_goes_on(store: AdapterStore) -> None:
+    store.set_canary("g2", 0.5)
+    found = collected(store)
+    assert store.canary() is not None and store.current() == "g3" and {"g2", "g3"} <= found.left.keys()
+    assert {info.generation for info in store.generations()} >= {"g2", "g3"} and {"g2", "g3"} <= set(traces(store))
+    store.set_canary("g2", 0.0)
+    before = served(store)
+    collected(store)
+    assert not {"g2", "g3"} & set(traces(store)) and served(store) == before
