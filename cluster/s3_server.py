@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from typing import Any, Self
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
+OWN_PORTS = (21_000, 31_000)  # above Ray's workers, below what systems hand out (net.ipv4.ip_local_port_range)
 
 # Loopback must not go through a proxy that the environment names for everything else.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -60,6 +62,7 @@ class S3Server:
         if self._process is not None:
             raise RuntimeError("this S3 server is already started")
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        _wait_until_free(self.port)
         environment = os.environ | {"S3_PERSIST": "1", "S3_DATA_DIR": str(self.data_dir / "objects"), "SERVICES": "s3"}
         command = [sys.executable, "-m", "hypercorn", "ministack.app:app", "-b", f"127.0.0.1:{self.port}"]
         with (self.data_dir / "server.log").open("ab") as log:
@@ -131,9 +134,27 @@ class S3Server:
 
 
 def _free_port() -> int:
+    """A port that stays free while the server is down for a moment: none that the system hands to connections by itself."""
+    while not _is_free(port := random.randrange(*OWN_PORTS)):
+        pass
+    return port
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _wait_until_free(port: int) -> None:
+    """After a kill the last of the server's processes may still hold the port; whoever else holds it is reported by the server."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while not _is_free(port) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def main(arguments: list[str] | None = None) -> int:
