@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cluster.s3_server import S3Server
 from plora_ray.client import Client
 from plora_ray.store import AdapterStore
 from tests.chaos.faulty_s3 import Fault, FaultyS3
@@ -22,16 +21,6 @@ USERS = [f"user {place}" for place in range(40)]
 THREADS = 4
 FAULTS: tuple[Fault, ...] = ("503", "hang")
 PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    with S3Server(tmp_path / "s3") as server:
-        server.create_bucket("plora")
-        with FaultyS3(server.endpoint_url) as proxy:
-            yield proxy
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:

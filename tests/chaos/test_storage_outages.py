@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.s3_server import S3Server
 from plora_ray.errors import StoreError
 from plora_ray.store import ObjectStore
 from tests.chaos.faulty_s3 import Fault, FaultyS3
@@ -17,16 +15,6 @@ from tests.chaos.jobs import Job, assert_whole, write
 OUTCOME, SEGMENT = r"PUT .*/waves/\d+", r"PUT .*/segments/\d+"
 PARTITIONING = (r"PUT .*/partitions/fragments", r"PUT .*/partitions/partition")
 STAGES = (*PARTITIONING, r"PUT .*/population/", OUTCOME, SEGMENT, r"PUT .*/manifest", "DELETE")
-
-
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    with S3Server(tmp_path / "s3") as server:
-        server.create_bucket("plora")
-        with FaultyS3(server.endpoint_url) as proxy:
-            yield proxy
 
 
 def configure(tree: dict[str, Any], s3: FaultyS3, folder: Path) -> Path:
