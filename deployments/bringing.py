@@ -17,8 +17,7 @@ from plora_ray.errors import CorruptObjectError
 from plora_ray.inference import LoadedGeneration
 from plora_ray.inference.brought import check_brought
 from plora_ray.inference.reach import distances
-from plora_ray.store import UserAdapter, new_version
-from plora_ray.store.adapters import now_iso
+from plora_ray.store import UserAdapter
 from plora_ray.store.tensorfile import TensorSpec, parse_header
 
 MEDIA_TYPE = "application/octet-stream"
@@ -60,12 +59,7 @@ def store_brought(loaded: LoadedGeneration, key: bytes, brought: BroughtAdapter,
     if float(distances(loaded, torch.tensor(record).unsqueeze(0))) > farthest:
         raise Problem(422, "the adapter lies further from the population than this server takes (serving.limits.adapter_norm)")
     erased = loaded.store.tombstones().get(key)
-    adapter = UserAdapter(
-        key=key, record=record, examples=0, generation=loaded.name, version=new_version(after=erased), updated_at=now_iso(),
-        source="fresh", basis=brought.basis,
-    )  # fmt: skip
-    loaded.store.put_fresh(adapter, known_erasure=erased or "")
-    return adapter
+    return loaded.put_fresh(key, record, 0, erased)
 
 
 def _unreadable(reason: str) -> Problem:

@@ -12,8 +12,7 @@ from plora_ray.errors import PloraError
 from plora_ray.inference import Examples, FewShotFitter, LoadedGeneration
 from plora_ray.inference.fewshot import Fit
 from plora_ray.inference.refit import unknown_to
-from plora_ray.store import UserAdapter, new_version
-from plora_ray.store.adapters import now_iso
+from plora_ray.store import UserAdapter
 from plora_ray.store.retained import Retained, RetainedExamples
 
 
@@ -97,18 +96,9 @@ class FittingService:
         return None if days is None else loaded.store.retained_examples(days)
 
     def _store(self, loaded: LoadedGeneration, request: FitRequest, erased: str | None, fit: Fit) -> FitResult:
-        adapter = UserAdapter(
-            key=request.key,
-            record=fit.vector,
-            examples=len(request.earlier.joined(request.texts, request.labels, 0.0).texts),
-            generation=loaded.name,
-            version=new_version(after=erased),
-            updated_at=now_iso(),
-            source="fresh",
-            basis=loaded.reader.basis,
-        )
+        examples = len(request.earlier.joined(request.texts, request.labels, 0.0).texts)
         try:
-            loaded.store.put_fresh(adapter, known_erasure=erased or "")
+            adapter = loaded.put_fresh(request.key, fit.vector, examples, erased)
             if (retained := self._retained(loaded)) is not None:
                 retained.keep(request.key, request.texts, request.labels, erased or "")
         except PloraError as error:

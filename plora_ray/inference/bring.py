@@ -22,8 +22,7 @@ from plora_ray.errors import DataError
 from plora_ray.inference.brought import check_brought
 from plora_ray.inference.loading import LoadedGeneration, load_generation
 from plora_ray.inference.reach import distances
-from plora_ray.store import AdapterStore, UserAdapter, new_version
-from plora_ray.store.adapters import now_iso
+from plora_ray.store import AdapterStore, UserAdapter
 
 FARTHEST = 10.0  # in the measure of plora_ray/inference/reach.py: users as the prior expects them lie around 1
 MAX_JSON_BYTES = 2**20
@@ -47,12 +46,7 @@ def import_user(store: AdapterStore, user_id: str, folder: Path) -> UserAdapter:
     distance = float(distances(loaded, torch.from_numpy(record).unsqueeze(0)))
     if not distance <= FARTHEST:
         raise DataError(f"the adapter lies {distance:.3g} times as far out as users do, more than {FARTHEST:g}: fit it again")
-    adapter = UserAdapter(
-        key=key, record=np.ascontiguousarray(record), examples=_examples(folder / "plora.json"), generation=loaded.name,
-        version=new_version(after=erased), updated_at=now_iso(), source="fresh", basis=loaded.reader.basis,
-    )  # fmt: skip
-    store.put_fresh(adapter, known_erasure=erased or "")
-    return adapter
+    return loaded.put_fresh(key, np.ascontiguousarray(record), _examples(folder / "plora.json"), erased)
 
 
 def _head(loaded: LoadedGeneration, path: Path) -> dict[str, Tensor] | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,8 @@ from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.adapters.pretrained import load_tokenizer, weight_hash
 from plora_ray.adapters.solver import UserFit
 from plora_ray.errors import ModelError
-from plora_ray.store import AdapterStore
+from plora_ray.store import AdapterStore, UserAdapter, new_version
+from plora_ray.store.adapters import now_iso
 from plora_ray.store.reader import GenerationReader
 
 
@@ -56,6 +58,18 @@ class LoadedGeneration:
             list(texts), truncation=True, max_length=self.max_length, return_attention_mask=False, return_token_type_ids=False
         )["input_ids"]
         return [ids or [self.tokenizer.pad_token_id or 0] for ids in encoded]
+
+    def put_fresh(self, key: bytes, record: np.ndarray, examples: int, erased: str | None) -> UserAdapter:
+        """Store a record float32 [width], fitted with this generation's shared weights on `examples` rows, as the user's fresh adapter.
+
+        erased: version of the user's last erasure that was known when the fit began, if any. Raises as `AdapterStore.put_fresh`.
+        """
+        adapter = UserAdapter(
+            key=key, record=record, examples=examples, generation=self.name, version=new_version(after=erased), updated_at=now_iso(),
+            source="fresh", basis=self.reader.basis,
+        )  # fmt: skip
+        self.store.put_fresh(adapter, known_erasure=erased or "")
+        return adapter
 
 
 def load_generation(

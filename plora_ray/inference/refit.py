@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from plora_ray.errors import DataError, ErasedDuringFit
 from plora_ray.inference.fewshot import Examples, FewShotFitter, Fit
 from plora_ray.inference.loading import LoadedGeneration
-from plora_ray.store import UserAdapter, new_version
-from plora_ray.store.adapters import now_iso
 from plora_ray.store.lineage import begun_s, may_hold_fresh
 from plora_ray.store.retained import Retained, RetainedExamples
 
@@ -73,12 +71,8 @@ def _fit(fitter: FewShotFitter, users: Sequence[Examples]) -> list[Fit | None]:
 
 
 def _store(loaded: LoadedGeneration, key: bytes, examples: Retained, fit: Fit, erased: str | None) -> bool:
-    adapter = UserAdapter(
-        key=key, record=fit.vector, examples=len(examples.texts), generation=loaded.name, version=new_version(after=erased),
-        updated_at=now_iso(), source="fresh", basis=loaded.reader.basis,
-    )  # fmt: skip
     try:
-        loaded.store.put_fresh(adapter, known_erasure=erased or "")
+        loaded.put_fresh(key, fit.vector, len(examples.texts), erased)
     except ErasedDuringFit:
         return False
     return True
