@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -128,19 +130,24 @@ class Population:
 
 
 def train_population(
-    users: list[UserRows], *, epochs: int, seed: int, kind: Kind = "plora", rank: int = 16, user_dim: int = 64
-) -> Population:
-    """The population stage over the users' training rows, then the prior that its users imply."""
+    users: list[UserRows], *, epochs: int, seed: int, kind: Kind = "plora", rank: int = 16, user_dim: int = 64,
+    spec_changes: Mapping[str, Any] = MappingProxyType({}), training: Mapping[str, Any] = MappingProxyType({}),
+) -> Population:  # fmt: skip
+    """The population stage over the users' training rows, then the prior that its users imply.
+
+    spec_changes: further fields of AdapterSpec; training: of TrainingSettings.
+    """
     labels = LabelSpace("classification", tuple(sorted({label for user in users for label in user.labels})))
     join_alone()
     torch.manual_seed(seed)
-    spec = AdapterSpec(
-        model=MODEL, task="classification", outputs=labels.outputs, kind=kind, rank=rank, alpha=2.0 * rank, user_dim=user_dim
-    )  # fmt: skip
+    shapes = {"outputs": labels.outputs, "kind": kind, "rank": rank, "alpha": 2.0 * rank, "user_dim": user_dim, **spec_changes}
+    spec = AdapterSpec(model=MODEL, task="classification", **shapes)
     model = PersonalizedModel.from_pretrained(spec)
-    settings = TrainingSettings(epochs=epochs, seed=seed, user_learning_rate=0.005)
+    settings = TrainingSettings.model_validate({"epochs": epochs, "seed": seed, "user_learning_rate": 0.005, **training})
     objective = PopulationObjective(
-        model, user_dropout=settings.user_dropout if kind == "plora" else 0.0, mutual_information=MutualInformation()
+        model,
+        user_dropout=settings.user_dropout if kind == "plora" else 0.0,
+        mutual_information=MutualInformation(**settings.mutual_information.model_dump()),
     )
     trainer = ShardedTrainer(
         objective, model.shared_parameters(), options=EngineOptions("replicated"), learning_rate=settings.learning_rate,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from plora_ray.adapters.blocks import in_top_blocks
 from plora_ray.adapters.context import UserContext, cut_matrices
 from plora_ray.adapters.families import Pooling, family_of
+from plora_ray.adapters.head import TaskHead, UserTerms
 from plora_ray.adapters.inject import AdaptedLinear, Kind, find_targets, fold, inject
 from plora_ray.adapters.pretrained import hidden_size, load_plm
 from plora_ray.errors import ModelError
@@ -29,6 +30,7 @@ class AdapterSpec:
     outputs: classes of a classification, 1 for a regression. targets / pooling None: the family's defaults.
     kind: plora, a vector of user_dim numbers a user; lora, private matrices a user (user_dim means nothing then).
     top_layers: how many blocks, counted from the top, have adapters; None: all.
+    head_terms: what of the user the task head hears (kind plora); see TaskHead.
     """
 
     model: str
@@ -42,13 +44,14 @@ class AdapterSpec:
     pooling: Pooling | None = None
     kind: Kind = "plora"
     top_layers: int | None = None
+    head_terms: UserTerms = "none"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> AdapterSpec:
-        """The spec that `to_json` gave; one without a kind is of the first kind, plora."""
+        """The spec that `to_json` gave; what an older one doesn't name is as it was then: kind plora, a head that hears no user."""
         targets = values.get("targets")
         return cls(**{**values, "targets": tuple(targets) if targets is not None else None})
 
@@ -91,7 +94,7 @@ class PersonalizedModel(nn.Module):
         if spec.kind == "lora":
             bases = {name: layer.base for name, layer in self._layers.items()}
             self.context.shapes = {name: (spec.rank, base.in_features, base.out_features) for name, base in bases.items()}
-        self.head = nn.Linear(hidden_size(plm), spec.outputs)
+        self.head = TaskHead(hidden_size(plm), spec.outputs, terms=spec.head_terms, rank=spec.rank, user_dim=spec.user_dim)
         self.head_dropout = nn.Dropout(spec.dropout)
         self.folded = False
 
@@ -146,18 +149,18 @@ class PersonalizedModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, user_vectors: Tensor | None = None) -> Tensor:
         """Logits [batch, outputs], fp32. input_ids, attention_mask: [batch, tokens] int64."""
-        return self.classify(self.represent(input_ids, attention_mask, user_vectors))
+        return self.classify(self.represent(input_ids, attention_mask, user_vectors), user_vectors)
 
-    def classify(self, representation: Tensor) -> Tensor:
-        """Logits [batch, outputs], fp32, of representations [batch, hidden]."""
-        return self.head(self.head_dropout(representation.to(self.head.weight.dtype))).float()
+    def classify(self, representation: Tensor, user_vectors: Tensor | None = None) -> Tensor:
+        """Logits [batch, outputs], fp32, of representations [batch, hidden] of the users' texts, as `represent` gives them."""
+        return self.head(self.head_dropout(representation.to(self.head.weight.dtype)), user_vectors).float()
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters all users share and training learns: `layers.{name}.A|B` (and `P`) and `head.weight|bias`."""
+        """The parameters all users share and training learns: `layers.{name}.A|B` (and `P`), `head.weight|bias` and the head's terms."""
         if self.folded:
             raise ModelError("a folded model has no separate shared parameters any more: load the generation again")
         shared = {f"layers.{name}.{part}": getattr(layer, part) for name, layer in self._layers.items() for part in layer.shared}
-        return {**shared, "head.weight": self.head.weight, "head.bias": self.head.bias}
+        return {**shared, **{f"head.{name}": parameter for name, parameter in self.head.named_parameters()}}
 
     def load_shared(self, tensors: dict[str, Tensor]) -> None:
         """Copy shared tensors in; names and shapes must be exactly those of `shared_parameters`. Raises ModelError."""

@@ -66,7 +66,7 @@ class PopulationObjective(nn.Module):
         context.record_effects = wanted and information.layer_term
         representation = self.model.represent(input_ids, attention_mask, kept)
         effects, context.effects, context.record_effects = context.effects, {}, False
-        logits = self.model.classify(representation)
+        logits = self.model.classify(representation, kept)
         mass = weights.sum().clamp(min=1.0)
         loss = (task_losses(logits, labels, self.model.spec.task) * weights).sum() / mass
         counts = float(weights.sum() > 0)  # a pass that only keeps ranks in step teaches nothing

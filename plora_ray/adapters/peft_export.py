@@ -45,9 +45,13 @@ def _private_tensors(model: PersonalizedModel, user_vector: Tensor) -> dict[str,
     return tensors
 
 
-def head_tensors(model: PersonalizedModel) -> dict[str, Tensor]:
-    """The task head's `weight` [outputs, hidden] and `bias` [outputs], float32; PEFT knows no such head."""
-    return {name: getattr(model.head, name).detach().float().cpu().contiguous() for name in ("weight", "bias")}
+def head_tensors(model: PersonalizedModel, user_vector: Tensor) -> dict[str, Tensor]:
+    """The user's task head: `weight` [outputs, hidden] and `bias` [outputs], float32; PEFT knows no such head.
+
+    user_vector: [user_width]. For a head that hears no user it is everybody's.
+    """
+    weight, bias = model.head.of_user(user_vector)
+    return {"weight": weight.float().contiguous(), "bias": bias.float().contiguous()}
 
 
 def peft_config(model: PersonalizedModel) -> dict[str, Any]:

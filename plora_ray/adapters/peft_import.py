@@ -1,6 +1,6 @@
 """What a PEFT checkpoint says of one user, in the terms of a personalised model: the inverse of `peft_export`.
 
-    plora   b_l = B_l P_l p for every layer l        =>      p = argmin sum_l |B_l P_l p - b_l|^2, one vector for all layers
+    plora   b_l = B_l P_l p for every layer l        =>      p = argmin sum_l |B_l P_l p - b_l|^2, one vector for all (and the head)
     lora    A', B' of every layer                     =>      the flat record, layer by layer, A before B
 
 A checkpoint is believed only if it is one of this very model: the same layers and shapes, for plora also the same A, B and head, and
@@ -60,11 +60,18 @@ def record_from_peft(model: PersonalizedModel, tensors: Mapping[str, Tensor], he
     model: in the training form. head: `weight` and `bias` of the checkpoint's task head, if it brings one.
     Raises DataError unless the checkpoint belongs to this model's shared parameters.
     """
+    record = _private_record(model, tensors) if model.spec.kind == "lora" else _vector(model, tensors, head)
     if head is not None:
-        for name, own in head_tensors(model).items():
+        for name, own in head_tensors(model, record).items():
             _same(f"head.{name}", head[name], own)
-    if model.spec.kind == "lora":
-        return torch.cat([tensors[name].flatten() for name in expected_shapes(model)])
+    return record
+
+
+def _private_record(model: PersonalizedModel, tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in expected_shapes(model)])
+
+
+def _vector(model: PersonalizedModel, tensors: Mapping[str, Tensor], head: Mapping[str, Tensor] | None) -> Tensor:
     shared = {name: parameter.detach().float().cpu() for name, parameter in model.shared_parameters().items()}
     rows, biases = [], []
     for layer in adapted_layers(model):
@@ -73,6 +80,10 @@ def record_from_peft(model: PersonalizedModel, tensors: Mapping[str, Tensor], he
         _same(f"{layer}.lora_B.weight", tensors[f"{PREFIX}{layer}.lora_B.weight"], b)
         rows.append(b.double() @ p.double())
         biases.append(tensors[f"{PREFIX}{layer}.lora_B.bias"].double())
+    if head is not None and model.spec.head_terms != "none":  # it says of the vector what no layer may hear
+        rows.append(_head_effect(model))
+        everybodys = head_tensors(model, torch.zeros(model.user_width))
+        biases.append(torch.cat([(head[name] - everybodys[name]).double().flatten() for name in ("weight", "bias")]))
     effect, bias = torch.cat(rows), torch.cat(biases)
     # By pseudo-inverse: a direction in which no layer hears the vector is left at zero.
     vector = torch.linalg.lstsq(effect, bias.unsqueeze(1), driver="gelsd").solution.squeeze(1)
@@ -83,6 +94,16 @@ def record_from_peft(model: PersonalizedModel, tensors: Mapping[str, Tensor], he
             "export it anew from the generation that serves"
         )
     return vector.float()
+
+
+def _head_effect(model: PersonalizedModel) -> Tensor:
+    """[outputs x hidden + outputs, d], float64: what one unit of each number of a vector adds to the head's weight and bias."""
+    base = model.head.of_user(torch.zeros(model.user_width))
+    columns = []
+    for unit in torch.eye(model.user_width):
+        changes = (own - shared for own, shared in zip(model.head.of_user(unit), base, strict=True))
+        columns.append(torch.cat([change.flatten() for change in changes]))
+    return torch.stack(columns, dim=1)
 
 
 def _same(name: str, given: Tensor, own: Tensor) -> None:

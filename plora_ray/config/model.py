@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from plora_ray.adapters.head import UserTerms
 from plora_ray.adapters.inject import Kind
 from plora_ray.config.encryption import EncryptionSettings, ServerSideSettings
 from plora_ray.config.section import Section
@@ -31,6 +32,7 @@ class AdapterSettings(Section):
 
     kind: plora, a vector of user_dim numbers a user; lora, private matrices a user, which start from the population's.
     top_layers: only so many blocks, counted from the top, get adapters; None: all.
+    head_terms: what the task head hears of the user (kind plora): nothing, a bias, or a bias and tastes.
     """
 
     kind: Kind = "plora"
@@ -40,6 +42,7 @@ class AdapterSettings(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] | None = None
     top_layers: int | None = Field(None, ge=1)
+    head_terms: UserTerms = "none"
 
 
 class RetentionSettings(Section):

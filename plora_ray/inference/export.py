@@ -1,7 +1,7 @@
 """One user's model as a directory that Hugging Face PEFT loads: what the user is served, without this library.
 
     adapter_config.json, adapter_model.safetensors    the PEFT checkpoint
-    head.safetensors                                  the task head: weight [outputs, hidden], bias [outputs]
+    head.safetensors                                  the user's task head: weight [outputs, hidden], bias [outputs]
     plora.json                                        labels, pooling, max_length, generation, model and its weight hash
     README.md                                         how to put the three together
 
@@ -81,7 +81,7 @@ def export_user(store: AdapterStore, user_id: str, out: Path) -> None:
 def _write(loaded: LoadedGeneration, adapter: UserAdapter, folder: Path) -> None:
     vector = torch.from_numpy(np.array(adapter.record, np.float32))
     save_file(peft_tensors(loaded.model, vector), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    save_file(head_tensors(loaded.model), folder / "head.safetensors", metadata={"format": "pt"})
+    save_file(head_tensors(loaded.model, vector), folder / "head.safetensors", metadata={"format": "pt"})
     about = {
         "generation": loaded.name,
         "updated_at": adapter.updated_at,

@@ -1,0 +1,64 @@
+"""The task head, which may hear the user, too. Knows tensors; nothing of models, users' names or storage."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+UserTerms = Literal["none", "bias", "taste"]
+
+
+class TaskHead(nn.Linear):
+    """Logits of pooled texts h, with up to two terms of the user's vector p_u, which are linear in it as those of the layers are:
+
+        none     z = W h + b
+        bias     z = W h + b + H p_u                               the user's leaning, whatever the text
+        taste    z = W h + b + H p_u + M ((D h) * (Q p_u))         and how much each of r directions of a text weighs for the user
+
+    W [outputs, hidden] and b [outputs] as in every linear head; H [outputs, d], D [r, hidden], Q [r, d], M [outputs, r]: shared by all
+    users. The product is elementwise: matrix factorisation (Koren et al. 2009) with what the model makes of a text in place of an item.
+    p_u = 0 takes both terms away. For one user it all is one linear head again, `of_user`. h: [batch, hidden]; z: [batch, outputs].
+    """
+
+    def __init__(self, hidden: int, outputs: int, *, terms: UserTerms = "none", rank: int = 1, user_dim: int = 1) -> None:
+        super().__init__(hidden, outputs)
+        self.terms = terms
+        if terms != "none":
+            self.H = _uniform(outputs, user_dim)
+        if terms == "taste":
+            self.D, self.Q, self.M = _uniform(rank, hidden), _uniform(rank, user_dim), _uniform(outputs, rank)
+
+    def forward(self, input: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """vectors: [users, d], each for batch / users adjacent rows, or None for the population."""
+        logits = super().forward(input)
+        if vectors is None or self.terms == "none":
+            return logits
+        rows = len(input) // len(vectors)
+        vectors = vectors.to(self.weight.dtype)
+        logits = logits + F.linear(vectors, self.H).repeat_interleave(rows, 0)
+        if self.terms == "taste":
+            weights = F.linear(vectors, self.Q).repeat_interleave(rows, 0)
+            logits = logits + F.linear(F.linear(input, self.D) * weights, self.M)
+        return logits
+
+    @torch.no_grad()
+    def of_user(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [outputs, hidden] and bias [outputs], float64, of the linear head that the user with `vector` [d] has."""
+        weight, bias, vector = self.weight.double().cpu(), self.bias.double().cpu(), vector.double().cpu()
+        if self.terms != "none":
+            bias = bias + self.H.double().cpu() @ vector
+        if self.terms == "taste":
+            d, q, m = (parameter.double().cpu() for parameter in (self.D, self.Q, self.M))
+            weight = weight + (m * (q @ vector)) @ d
+        return weight, bias
+
+
+def _uniform(rows: int, columns: int) -> nn.Parameter:
+    """As torch begins a linear layer: there is something to learn as soon as a user's vector isn't zero any more."""
+    parameter = nn.Parameter(torch.empty(rows, columns))
+    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+    return parameter
