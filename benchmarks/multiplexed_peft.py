@@ -8,6 +8,7 @@ header `serve_multiplexed_model_id`. At most 64 users' adapters are loaded. Runs
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -57,15 +58,16 @@ class Multiplexed:
 
     def __init__(self, folder: str) -> None:
         torch.set_num_threads(1)
-        self._folder = Path(folder)
+        self._folder, self._loads = Path(folder), itertools.count()
         first = next(self._folder.iterdir())
         self._model: Any = PeftModel.from_pretrained(load_plm(MODEL), str(first), adapter_name="first").eval()
         self._head, self._tokenizer = torch.nn.Linear(384, 2), load_tokenizer(MODEL)
 
     @serve.multiplexed(max_num_models_per_replica=RESIDENT)
     async def adapter(self, user: str) -> Adapter:
-        self._model.load_adapter(str(self._folder / user), adapter_name=user)
-        return Adapter(self._model, user)
+        name = f"{user}-{next(self._loads)}"  # the same user's last one may still answer while it is dropped
+        self._model.load_adapter(str(self._folder / user), adapter_name=name)
+        return Adapter(self._model, name)
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def predict(self, texts: list[str]) -> list[list[float]]:
