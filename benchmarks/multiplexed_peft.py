@@ -45,11 +45,12 @@ def write_adapters(folder: Path, users: list[str]) -> None:
 class Adapter:
     """A loaded user; Serve drops it when another one needs its place."""
 
-    def __init__(self, model: PeftModel, name: str) -> None:
-        self.model, self.name = model, name
+    def __init__(self, model: PeftModel, name: str, alone: threading.RLock) -> None:
+        self.model, self.name, self.alone = model, name, alone
 
     def __del__(self) -> None:
-        self.model.delete_adapter(self.name)
+        with self.alone:  # Serve calls this in a thread of its own
+            self.model.delete_adapter(self.name)
 
 
 @serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 1})
@@ -59,6 +60,7 @@ class Multiplexed:
     def __init__(self, folder: str) -> None:
         torch.set_num_threads(1)
         self._folder, self._loads = Path(folder), itertools.count()
+        self._alone = threading.RLock()
         first = next(self._folder.iterdir())
         self._model: Any = PeftModel.from_pretrained(load_plm(MODEL), str(first), adapter_name="first").eval()
         self._head, self._tokenizer = torch.nn.Linear(384, 2), load_tokenizer(MODEL)
@@ -66,14 +68,15 @@ class Multiplexed:
     @serve.multiplexed(max_num_models_per_replica=RESIDENT)
     async def adapter(self, user: str) -> Adapter:
         name = f"{user}-{next(self._loads)}"  # the same user's last one may still answer while it is dropped
-        self._model.load_adapter(str(self._folder / user), adapter_name=name)
-        return Adapter(self._model, name)
+        with self._alone:
+            self._model.load_adapter(str(self._folder / user), adapter_name=name)
+        return Adapter(self._model, name, self._alone)
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def predict(self, texts: list[str]) -> list[list[float]]:
         adapter = await self.adapter(serve.get_multiplexed_model_id())
-        self._model.set_adapter(adapter.name)
-        with torch.inference_mode():
+        with self._alone, torch.inference_mode():
+            self._model.set_adapter(adapter.name)
             tokens = self._tokenizer(texts, truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt")
             hidden = self._model(**tokens).last_hidden_state
             return torch.softmax(self._head(pool(hidden, tokens["attention_mask"], "mean")), -1).tolist()
