@@ -7,6 +7,7 @@ import torch
 
 from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.fit import UserPrior
+from plora_ray.adapters.head import UserTerms
 from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
@@ -18,9 +19,11 @@ DIM = 8
 LABELS = LabelSpace("classification", ("no", "perhaps", "yes"))
 
 
-def publish(store: AdapterStore, plm: str, name: str, users: list[str], seed: int = 0, kind: Kind = "plora") -> dict[str, np.ndarray]:
+def publish(
+    store: AdapterStore, plm: str, name: str, users: list[str], seed: int = 0, kind: Kind = "plora", head_terms: UserTerms = "none"
+) -> dict[str, np.ndarray]:
     """Publish a generation with random shared parameters and random vectors for `users`; returns the vectors."""
-    spec = AdapterSpec(model=plm, task="classification", outputs=3, rank=4, alpha=8.0, user_dim=DIM, kind=kind)
+    spec = AdapterSpec(model=plm, task="classification", outputs=3, rank=4, alpha=8.0, user_dim=DIM, kind=kind, head_terms=head_terms)
     model = PersonalizedModel.from_pretrained(spec)
     generator = torch.Generator().manual_seed(seed)
     shared = {key: torch.randn(tensor.shape, generator=generator) * 0.3 for key, tensor in model.shared_parameters().items()}

@@ -49,7 +49,7 @@ class Settings(Section):
         if kind == "lora" and self.training.mutual_information.weight:
             raise ValueError("training.mutual_information needs user vectors in the population stage: remove it with adapter.kind lora")
         for where, section, names, wanted in (
-            ("adapter", self.adapter, ("user_dim",), kind == "plora"),
+            ("adapter", self.adapter, ("user_dim", "head_terms"), kind == "plora"),
             ("training", self.training, ("user_dropout", "user_learning_rate", "user_weight_decay"), kind == "plora"),
             ("training.adam", self.training.adam, ("pull",), kind == "lora"),
         ):

@@ -51,7 +51,9 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1} | {f"w{number}": number for number in range(2, 16)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder / "plm")
-    spec = AdapterSpec(model=str(folder / "plm"), task="classification", outputs=3, rank=4, alpha=6.0, user_dim=USER_DIM, dropout=0.1)
+    spec = AdapterSpec(
+        model=str(folder / "plm"), task="classification", outputs=3, rank=4, alpha=6.0, user_dim=USER_DIM, dropout=0.1, head_terms="taste"
+    )
     model = PersonalizedModel.from_pretrained(spec)
     with torch.no_grad():
         for parameter in model.shared_parameters().values():

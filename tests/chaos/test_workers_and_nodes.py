@@ -32,7 +32,8 @@ def lose_worker(cluster: LocalCluster, node: int) -> None:
 def test_an_elastic_job_outlives_a_killed_worker_and_a_removed_node(
     many_waves: dict[str, Any], tmp_path: Path, cluster: LocalCluster
 ) -> None:
-    many_waves["data"] = {"source": "synthetic://?users=1200&texts=8&pool=80"}  # waves are left when the lost node is noticed, seconds later
+    # So many that waves are left when the lost node is noticed, seconds later.
+    many_waves["data"] = {"source": "synthetic://?users=1200&texts=8&pool=80"}
     config, store = write(many_waves, tmp_path), Path(many_waves["store"]["uri"])
     finished: set[str] = set()
     with FitLog(store) as log, Job(config, *ELASTIC, environment=cluster.environment()) as job:

@@ -163,3 +163,16 @@ def test_biases_that_no_vector_explains_are_refused(world: tuple[AdapterStore, P
         message = "no user vector of this generation explains"
     with pytest.raises(DataError, match=message):
         import_user(world[0], "mallory", checkpoint)
+
+
+def test_a_head_that_hears_the_user_tells_of_the_vector_and_must_be_that_vectors(tiny_plm: str, tmp_path: Path) -> None:
+    store = AdapterStore(str(tmp_path / "store"))
+    vectors = publish(store, tiny_plm, "g1", ["ann"], head_terms="taste")
+    export_user(store, "ann", tmp_path / "ann")
+    import_user(store, "new", tmp_path / "ann")
+    served = store.pull(store.open_generation(), store.key("new"))
+    assert served is not None
+    np.testing.assert_allclose(served.record, vectors["ann"], atol=1e-4, rtol=0)
+    tensors(lambda found: found["bias"].add_(1.0), HEAD)(tmp_path / "ann")
+    with pytest.raises(DataError, match="this generation"):
+        import_user(store, "mallory", tmp_path / "ann")
