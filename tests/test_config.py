@@ -119,3 +119,9 @@ def test_a_kind_has_its_solver_and_its_learning_rate_unless_they_are_set() -> No
     assert lora.user_fit().steps.learning_rate < plora.user_fit().steps.learning_rate
     chosen = parse_settings({"training": {"user_solver": "adam", "adam": {"learning_rate": 0.5}}})
     assert chosen.user_fit().solver == "adam" and chosen.user_fit().steps.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("name", ["paper", "ours"])
+def test_the_settings_of_the_papers_benchmarks_are_valid(name: str) -> None:
+    settings = load_settings(Path(__file__).parents[1] / f"benchmarks/settings/{name}.yaml")
+    assert settings.model.name == "bert-base-uncased" and settings.adapter.user_dim == {"paper": 512, "ours": 64}[name]
