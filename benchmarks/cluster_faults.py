@@ -9,6 +9,7 @@ fault gets a cluster of its own: load, the fault, load until every replica stand
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from plora_ray.errors import PloraError
 REPLICAS = 4
 QUIET_S = 15.0  # under load before the fault, and after everything stands again
 HEAD_AWAY_S = 10.0
-BUSY_RATE = 100.0  # requests a second that one replica doesn't keep up with
-# Two requests to a batch, so that a few under way are load for another replica; Serve's own delays are 30 s and 600 s.
-AUTOSCALED = {"replicas": [1, 4], "batch_rows": 2}
+# Two requests to a batch: then four under way are one replica's share, and BUSY ones are work for all four. The defaults of the delays
+# are 30 s and 600 s.
+AUTOSCALED = {"replicas": [1, 4], "batch_rows": 2, "scale_up_after_s": 5, "scale_down_after_s": 30}
+BUSY = 24
+FASTER_THAN_ANSWERED = 1000.0
 
 # Yields, while the load goes on, names of moments and the seconds until they came.
 Fault = Callable[[FaultCluster, OpenLoad], Iterator[tuple[str, float]]]
@@ -76,13 +79,13 @@ def head_restarted(cluster: FaultCluster, load: OpenLoad) -> Iterator[tuple[str,
 
 
 def autoscaling(cluster: FaultCluster, load: OpenLoad) -> Iterator[tuple[str, float]]:
-    """From one to four replicas as the load grows, and back."""
+    """From one to four replicas as the load grows to BUSY requests under way at any time, and back."""
     quiet, began = load.rate, time.monotonic()
-    load.rate = BUSY_RATE
+    load.rate, load.most_under_way = FASTER_THAN_ANSWERED, BUSY
     cluster.application.wait_for(4)
     yield "from_one_to_four", time.monotonic() - began
-    load.rate, began = quiet, time.monotonic()
-    cluster.application.wait_for(1, within_s=900)
+    load.rate, load.most_under_way, began = quiet, math.inf, time.monotonic()
+    cluster.application.wait_for(1)
     yield "from_four_to_one", time.monotonic() - began
 
 

@@ -6,6 +6,7 @@ An open loop: a server that stops answering isn't spared, as a closed loop would
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import Counter
@@ -41,12 +42,17 @@ class Tally:
 
 
 class OpenLoad:
-    """Asks for `users` in turn, `rate` requests a second, until the block ends. rate may be changed meanwhile."""
+    """Asks for `users` in turn, `rate` requests a second, until the block ends.
+
+    Both may be changed meanwhile: rate, and most_under_way, which holds requests back while so many are unanswered.
+    """
 
     def __init__(self, url: str, users: Sequence[str], texts: Sequence[str], rate: float) -> None:
         self.rate = rate
+        self.most_under_way = math.inf
         self.sent: list[Sent] = []
         self._url, self._users, self._texts = url, users, texts
+        self._under_way = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
@@ -72,6 +78,8 @@ class OpenLoad:
             for place in count():
                 if self._stop.is_set():
                     return
+                while self._under_way >= self.most_under_way and not self._stop.is_set():
+                    await asyncio.sleep(0.001)
                 under_way.create_task(self._ask(http, place))
                 due = max(due + 1 / self.rate, time.monotonic() - 1)  # after a pause of this process no burst makes up for it
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
@@ -80,6 +88,7 @@ class OpenLoad:
         user = self._users[place % len(self._users)]
         body = {"inputs": [{"user_id": user, "text": self._texts[place % len(self._texts)]}]}
         began = time.monotonic()
+        self._under_way += 1
         try:
             answer = await http.post("/v1/predict", json=body, headers={"X-User-Id": user})
             fate = "ok" if answer.status_code == 200 else str(answer.status_code)
@@ -87,4 +96,5 @@ class OpenLoad:
             fate = "timeout"
         except httpx.TransportError:
             fate = "connection"
+        self._under_way -= 1
         self.sent.append(Sent(began, time.monotonic(), fate))
