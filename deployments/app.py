@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
@@ -17,6 +18,7 @@ from deployments.auth import Authenticator
 from deployments.fitting import FitRequest, FitResult, FittingService
 from deployments.metrics import ServingMetrics
 from deployments.prediction import PredictionService
+from deployments.problems import Problem
 from deployments.routes import create_api
 from plora_ray.config import ServingSettings, Settings, load_settings, parse_settings
 from plora_ray.errors import ConfigError
@@ -62,6 +64,15 @@ class Personalizer:
             self._service.close()
 
 
+async def fitted_by(personalizer: DeploymentHandle, request: FitRequest) -> FitResult:
+    """The Personalizer's answer. Raises Problem 503 if its replica died over it: then nothing is known to be stored."""
+    try:
+        result: FitResult = await personalizer.fit.remote(request)
+    except RayActorError:
+        raise Problem(503, "the adapter was being fitted on a machine that was lost: try again") from None
+    return result
+
+
 def _predictor(settings: Settings) -> Any:
     """The Predictor deployment for these settings: HTTP, batching, cache and model in one process, so that a request makes one hop."""
 
@@ -75,11 +86,7 @@ def _predictor(settings: Settings) -> Any:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)  # one line a request is a cost and names nothing useful
             _use_cpus(settings.serving.replica_cpus)
 
-            async def fit(request: FitRequest) -> FitResult:
-                result: FitResult = await personalizer.fit.remote(request)
-                return result
-
-            self.service = PredictionService(settings, fit, ServingMetrics())
+            self.service = PredictionService(settings, lambda request: fitted_by(personalizer, request), ServingMetrics())
 
         def __del__(self) -> None:
             if hasattr(self, "service"):
