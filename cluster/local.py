@@ -33,8 +33,10 @@ class LocalCluster:
 
     env lies over this process's environment for every Ray process. temp_dir holds a new directory for the run, kept afterwards
     for its logs. ray_port and dashboard_port 0 take free ports. Without RAY_AUTH_MODE in the environment the cluster gets token
-    authentication with a fresh token that exists in the processes' environment only. Serve applications need `proxy_location:
-    HeadOnly` here: the nodes share one IP address, and only one proxy can have the HTTP port.
+    authentication with a fresh token that exists in the processes' environment only. head_cpus: what the head offers, where that isn't
+    cpus_per_node; 0 keeps work off it, as in production. redis_address: host:port that holds what the head knows, so that it can be
+    restarted. The nodes share one IP address: Serve applications need `proxy_location: HeadOnly` here, or the variables of
+    cluster.serve_environment.shared_port_environment.
     """
 
     def __init__(
@@ -47,16 +49,21 @@ class LocalCluster:
         ray_port: int = 0,
         temp_dir: Path = Path("var/ray"),
         env: Mapping[str, str] | None = None,
+        head_cpus: int | None = None,
+        redis_address: str | None = None,
     ) -> None:
         if nodes < 1 or cpus_per_node < 1:
             raise ConfigError(f"a cluster needs at least one node and one CPU a node (got nodes={nodes}, cpus_per_node={cpus_per_node})")
         self._count = nodes
         self._cpus = cpus_per_node
+        self._head_cpus = cpus_per_node if head_cpus is None else head_cpus
+        self._redis_address = redis_address
         self._dashboard_port = (dashboard_port or free_port()) if dashboard else None
         self._ray_port = ray_port
         self._temp_dir = temp_dir
         self._overlay = {**private_cluster_environment(), **(env or {})}
         self._nodes: list[NodeProcess | None] = []  # an index stays a node's name when others are lost
+        self._restarts = 0
         self._address: str | None = None
         self._directory: Path | None = None
 
@@ -101,9 +108,11 @@ class LocalCluster:
     def __enter__(self) -> Self:
         self._directory = _run_directory(self._temp_dir)
         try:
-            self._address = self._start().wait_until_ready()
+            head = self._start_head(self._ray_port, self.directory / "0")
+            self._nodes.append(head)
+            self._address = head.wait_until_ready()
             # Together: starting a node is mostly importing Python modules.
-            for worker in [self._start() for _ in range(self._count - 1)]:
+            for worker in [self._start_worker() for _ in range(self._count - 1)]:
                 worker.wait_until_ready()
         except BaseException:
             self.stop()
@@ -116,20 +125,37 @@ class LocalCluster:
     def add_node(self) -> int:
         """Start one more worker, wait until it has joined and return its index."""
         address = self.address
-        node = self._start()
+        node = self._start_worker()
         if node.wait_until_ready() != address:
             raise ClusterError(f"the new node joined another cluster than {address}")
         return len(self._nodes) - 1
 
     def remove_node(self, index: int) -> None:
-        """Lose a worker without warning; the cluster finds out by itself. The head (0) can't be lost: the cluster is its GCS."""
+        """Lose a worker without warning; the cluster finds out by itself. The head (0) is `lose_head`'s."""
         if index == 0:
-            raise ConfigError("node 0 is the head; losing it would end the cluster")
+            raise ConfigError("node 0 is the head; losing it would end the cluster (lose_head, if Redis holds what it knows)")
         node = self._nodes[index] if 0 < index < len(self._nodes) else None
         if node is None:
             raise ConfigError(f"there is no node {index}; running: {', '.join(map(str, self.alive))}")
         node.kill()
         self._nodes[index] = None
+
+    def lose_head(self) -> None:
+        """Lose the head without warning, for `restart_head`. Raises ConfigError without redis_address: nothing would outlive it."""
+        if self._redis_address is None:
+            raise ConfigError("without redis_address the cluster ends with its head")
+        head, self._nodes[0] = self._nodes[0], None
+        if head is not None:
+            head.kill()
+
+    def restart_head(self) -> None:
+        """Start the lost head at its old address and wait until it answers; the workers come back to it by themselves."""
+        address = self.address
+        self._restarts += 1
+        head = self._start_head(int(address.rpartition(":")[2]), self.directory / f"r{self._restarts}")
+        self._nodes[0] = head
+        if head.wait_until_ready() != address:
+            raise ClusterError(f"the head came back at another address than {address}")
 
     def stop(self) -> None:
         """End every node by its own handle, workers before the head, and wait for them. May be called again."""
@@ -149,25 +175,32 @@ class LocalCluster:
                     raise ClusterError(f"node {index} ended by itself: {node.last_words()}")
             time.sleep(WATCH_INTERVAL_S)
 
-    def _start(self) -> NodeProcess:
-        directory = self.directory / str(len(self._nodes))
-        head_options = [
-            "--port", str(self._ray_port),
+    def _start_head(self, port: int, directory: Path) -> NodeProcess:
+        options = [
+            "--port", str(port),
             "--include-dashboard", str(self._dashboard_port is not None).lower(),
             "--ray-client-server-port", str(free_port()),  # Ray's own default port would clash with a second cluster
         ]  # fmt: skip
         if self._dashboard_port is not None:
-            head_options += ["--dashboard-port", str(self._dashboard_port)]
-        environment = {key: value for key, value in os.environ.items() if key not in {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}}
-        environment |= {
+            options += ["--dashboard-port", str(self._dashboard_port)]
+        environment = self._node_environment()
+        if self._redis_address is not None:
+            environment["RAY_REDIS_ADDRESS"] = self._redis_address
+        return NodeProcess(directory, environment, self._head_cpus, options, None)
+
+    def _start_worker(self) -> NodeProcess:
+        node = NodeProcess(self.directory / str(len(self._nodes)), self._node_environment(), self._cpus, [], self.address)
+        self._nodes.append(node)
+        return node
+
+    def _node_environment(self) -> dict[str, str]:
+        inherited = {key: value for key, value in os.environ.items() if key not in {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}}
+        return inherited | {
             # A job's `python` has to be the one that has Ray and this library.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             **haproxy_files(self.directory),
             **self._overlay,
         }
-        node = NodeProcess(directory, environment, self._cpus, head_options, self._address)
-        self._nodes.append(node)
-        return node
 
 
 def _run_directory(base: Path) -> Path:

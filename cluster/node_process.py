@@ -5,6 +5,7 @@ Knows the command line and how a node dies with all it started; nothing of clust
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +15,8 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
 
 from plora_ray.errors import PloraError
 
@@ -98,9 +101,14 @@ class NodeProcess:
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the node at once, like a machine that loses power. The kernel ends Ray's processes with their parent."""
+        """End the node and all that runs on it at once, like a machine that loses power."""
+        # Left to themselves, Ray's workers and what they started would go on for seconds after their raylet.
+        running = psutil.Process(self.pid).children(recursive=True) if self.alive() else []
         if self.alive():
             self._process.kill()
+        for process in running:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process.wait()
         self._kill_group()
 

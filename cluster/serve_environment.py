@@ -26,12 +26,25 @@ def haproxy_environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": (
             f"hdr({USER_HEADER})\n    hash-type consistent\n    hash-balance-factor {BALANCE_FACTOR_PERCENT}"
         ),
+        # A request that was under way on a replica that died is sent to another one. Every call of the interface may be repeated:
+        # predictions change nothing, and adapting, erasing and activating twice end where once does. Ray's default repeats only
+        # what never reached a replica. A body above HAProxy's buffer (16 KiB) isn't kept, so it isn't repeated.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     }
 
 
 def plain_environment() -> dict[str, str]:
     """Variables for Ray Serve's own proxy: the header by which ConsistentHashRouter keeps a user on one replica."""
     return {"RAY_SERVE_SESSION_ID_HEADER_KEY": USER_HEADER}
+
+
+def shared_port_environment(port: int) -> dict[str, str]:
+    """Variables that let every worker node of one machine run its HAProxy at `port`, for `proxy_location: EveryNode`.
+
+    The kernel spreads new connections over those that live, as a Kubernetes service does. The head's HAProxy keeps the Serve
+    config's own port and so gets no requests, as behind `excludeHeadPodFromServeSvc`.
+    """
+    return {"SERVE_SOCKET_REUSE_PORT_ENABLED": "1", "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port)}
 
 
 def haproxy_files(directory: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
@@ -17,6 +18,7 @@ from deployments.auth import Authenticator
 from deployments.fitting import FitRequest, FitResult, FittingService
 from deployments.metrics import ServingMetrics
 from deployments.prediction import PredictionService
+from deployments.problems import Problem
 from deployments.routes import create_api
 from plora_ray.config import ServingSettings, Settings, load_settings, parse_settings
 from plora_ray.errors import ConfigError
@@ -28,6 +30,8 @@ FITS_AT_ONCE = 64
 FIT_WAIT_S = 0.01
 DRAIN_POLL_S = 0.5
 DRAIN_MARGIN_S = 5.0
+# Behind HAProxy a replica that goes takes requests for this long, until every HAProxy knows; it is Ray Serve's own time.
+DEREGISTRATION_S = 30.0
 # Where HAProxy doesn't: a user's requests go to one replica, by the header that cluster/serve_environment.py names.
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -60,6 +64,15 @@ class Personalizer:
             self._service.close()
 
 
+async def fitted_by(personalizer: DeploymentHandle, request: FitRequest) -> FitResult:
+    """The Personalizer's answer. Raises Problem 503 if its replica died over it: then nothing is known to be stored."""
+    try:
+        result: FitResult = await personalizer.fit.remote(request)
+    except RayActorError:
+        raise Problem(503, "the adapter was being fitted on a machine that was lost: try again") from None
+    return result
+
+
 def _predictor(settings: Settings) -> Any:
     """The Predictor deployment for these settings: HTTP, batching, cache and model in one process, so that a request makes one hop."""
 
@@ -73,11 +86,7 @@ def _predictor(settings: Settings) -> Any:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)  # one line a request is a cost and names nothing useful
             _use_cpus(settings.serving.replica_cpus)
 
-            async def fit(request: FitRequest) -> FitResult:
-                result: FitResult = await personalizer.fit.remote(request)
-                return result
-
-            self.service = PredictionService(settings, fit, ServingMetrics())
+            self.service = PredictionService(settings, lambda request: fitted_by(personalizer, request), ServingMetrics())
 
         def __del__(self) -> None:
             if hasattr(self, "service"):
@@ -98,12 +107,17 @@ def build(args: dict[str, Any]) -> serve.Application:
     personalizer = Personalizer.options(ray_actor_options=resources).bind(settings.model_dump(mode="json"))  # type: ignore[attr-defined]
     predictor = _predictor(settings).options(
         **_replicas(serving), max_ongoing_requests=serving.limits.queued_texts, ray_actor_options=resources,
-        # A replica that goes takes nothing new, and ends what it has: no request may take longer.
-        graceful_shutdown_wait_loop_s=DRAIN_POLL_S, graceful_shutdown_timeout_s=serving.request_timeout_s + DRAIN_MARGIN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S, graceful_shutdown_timeout_s=_drain_s(serving),
         **({"request_router_config": RequestRouterConfig(request_router_class=ROUTER)} if serving.proxy == "serve" else {}),
     )  # fmt: skip
     application: serve.Application = predictor.bind(personalizer)
     return application
+
+
+def _drain_s(serving: ServingSettings) -> float:
+    """How long a replica that goes may take to end what it has: no request may take longer than the last one it takes in."""
+    deregistration_s = DEREGISTRATION_S if serving.proxy == "haproxy" else 0.0
+    return deregistration_s + serving.request_timeout_s + DRAIN_MARGIN_S
 
 
 def _replicas(serving: ServingSettings) -> dict[str, Any]:
@@ -114,7 +128,10 @@ def _replicas(serving: ServingSettings) -> dict[str, Any]:
     # A full batch at work and one that gathers behind it: more than that waits, and another replica helps.
     return {
         "num_replicas": "auto",
-        "autoscaling_config": {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": 2 * serving.batch_rows},
+        "autoscaling_config": {
+            "min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": 2 * serving.batch_rows,
+            "upscale_delay_s": serving.scale_up_after_s, "downscale_delay_s": serving.scale_down_after_s,
+        },
     }
 
 

@@ -1,7 +1,7 @@
 """The HTTP client, synchronous and asynchronous. Needs httpx only; knows the interface, no models and no Ray.
 
-Sends X-User-Id as a routing hint, retries 429 and 503 as the server asks, and remembers adapter versions, so that
-whoever adapted a user sees the new adapter in the next answer, whichever replica gives it.
+Sends X-User-Id as a routing hint, retries 429 and 503 as the server asks, and connections that broke; remembers adapter
+versions, so that whoever adapted a user sees the new adapter in the next answer, whichever replica gives it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ def _seconds(value: str | None) -> float:
     return float(value) if value is not None and value.isdigit() else 0.0
 
 
+def _is_worth_another_try(error: BaseException) -> bool:
+    """Whether the server asks for it, or the connection broke with the machine behind it: no call does more when it is repeated."""
+    if isinstance(error, RequestFailed):
+        return error.status in RETRIED
+    return isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
+
+
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     backoff = wait_random_exponential(multiplier=0.2, max=10)(state)
@@ -51,7 +58,7 @@ def _wait(state: RetryCallState) -> float:
 
 
 _POLICY: dict[str, Any] = {
-    "retry": retry_if_exception(lambda error: isinstance(error, RequestFailed) and error.status in RETRIED),
+    "retry": retry_if_exception(_is_worth_another_try),
     "wait": _wait,
     "stop": stop_after_attempt(ATTEMPTS),
     "reraise": True,

@@ -78,10 +78,13 @@ class ServingSettings(Section):
     are loaded when a generation is; pinned ones are never evicted. store_wait_s: how long a request waits for the store.
     dtype auto: bf16 on a GPU, fp32 on a CPU. model_name: what the Open Inference Protocol calls the model. give_shared: whether
     callers with scope adapt may read the shared parameters, to fit adapters themselves.
-    replicas: a number, or [min, max] that follows the load.
+    replicas: a number, or [min, max] that follows the load; scale_up_after_s, scale_down_after_s: how long the load must ask for
+    more or fewer before there are.
     """
 
     replicas: int | tuple[int, int] = 1
+    scale_up_after_s: float = Field(30.0, ge=0)
+    scale_down_after_s: float = Field(600.0, ge=0)
     replica_cpus: float = Field(1.0, ge=0)
     replica_gpus: float = Field(0.0, ge=0)
     proxy: Literal["haproxy", "serve"] = "haproxy"

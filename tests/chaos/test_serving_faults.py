@@ -1,16 +1,25 @@
-"""Two replicas under load while everything that can fail does: only what was in flight on a dead replica may fail, and it is counted."""
+"""Replicas under load while everything fails that can, a node too: only what was in flight there may fail, and it is counted."""
 
 from __future__ import annotations
 
+import shutil
 import signal
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from cluster.local import LocalCluster
+from cluster.node_process import free_port
+from cluster.serve_application import ServeApplication
+from cluster.serve_environment import haproxy_environment, shared_port_environment
 from plora_ray.client import Client
 from plora_ray.store import AdapterStore
 from tests.chaos.faulty_s3 import Fault, FaultyS3
@@ -89,6 +98,40 @@ def test_two_replicas_under_load_ride_out_a_failing_and_a_hanging_store_an_erasu
     assert all(len(sent.generations) == 1 for sent in load.sent if sent.status == 200)
     left = [sent.personalization for sent in load.sent if sent.user == USERS[0] and sent.began_s > erased and sent.status == 200]
     assert "adapter" not in left[left.index("population") :], "an erased user came back"
+
+
+def test_a_node_lost_under_load_takes_only_what_was_in_flight_on_it_and_nothing_from_the_client_that_tries_again(
+    tiny_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    publish(AdapterStore(tiny_tree["store"]["uri"]), tiny_tree["model"]["name"], "g1", USERS)
+    tree = {**tiny_tree, "serving": {"replicas": 2, "replica_cpus": 0.5, "audit": {"enabled": False}}}
+    port, nodes_folder = free_port(), Path(tempfile.mkdtemp(prefix="p", dir="/tmp"))  # a short path: sockets lie below it
+    environment = {**haproxy_environment(), **shared_port_environment(port)}
+    url, ended = f"http://127.0.0.1:{port}", threading.Event()
+
+    def ask_patiently() -> list[str]:
+        users = takewhile(lambda _: not ended.is_set(), cycle(USERS))
+        with Client(url) as client:
+            return [client.predict([(user, "a text")])[0]["personalization"] for user in users]
+
+    with LocalCluster(3, 2, temp_dir=nodes_folder, env=environment, head_cpus=0) as nodes:
+        application = ServeApplication(nodes, tmp_path, free_port())
+        application.deploy(tree)
+        application.wait_for(2)
+        assert all(len(application.on_node(worker)) == 1 for worker in (1, 2)), "a replica on each worker"
+        with Client(url) as client:
+            wait_for(client.ready, "HAProxy on the workers")
+        with ThreadPoolExecutor() as patient, Load(url, USERS, THREADS) as load:
+            asked = patient.submit(ask_patiently)
+            rounds(load, 3)
+            assert not load.failed, load.failed[:3]
+            nodes.remove_node(2)
+            rounds(load, 5)
+            ended.set()
+        assert set(asked.result()) == {"adapter"}
+    shutil.rmtree(nodes_folder)
+    assert_only_what_was_in_flight_failed(load.failed)
+    assert {sent.status for sent in load.failed} <= {0}, "what came through the other node's HAProxy was answered by its replica"
 
 
 @pytest.mark.chaos

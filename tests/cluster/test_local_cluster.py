@@ -132,10 +132,12 @@ def test_the_command_says_how_to_submit_and_stops_at_sigterm(scratch: Path) -> N
     assert not _mentioning(scratch)
 
 
-def test_the_head_and_unknown_nodes_cannot_be_removed() -> None:
+def test_a_head_that_redis_does_not_know_and_unknown_nodes_cannot_be_removed() -> None:
     cluster = LocalCluster(nodes=2)
     with pytest.raises(ConfigError, match="head"):
         cluster.remove_node(0)
+    with pytest.raises(ConfigError, match="redis_address"):
+        cluster.lose_head()
     with pytest.raises(ConfigError, match="no node 7"):
         cluster.remove_node(7)
 

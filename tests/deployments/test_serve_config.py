@@ -15,9 +15,11 @@ from typing import Any
 
 import httpx
 import yaml
+from ray.serve._private.constants import RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S
 
 from cluster.node_process import free_port
 from cluster.serve_environment import haproxy_environment, plain_environment
+from deployments.app import build
 from plora_ray.client import Client
 from plora_ray.store import AdapterStore
 from tests.generations import publish
@@ -61,6 +63,12 @@ def test_the_production_serve_config_deploys_behind_haproxy_and_answers(tiny_tre
     with deployed("serve.yaml", tiny_tree, serving, tmp_path, haproxy_environment()) as url, Client(url) as client:
         answers = client.predict([("ann", "a text"), ("somebody", "a text")])
         assert [answer["personalization"] for answer in answers] == ["adapter", "population"]
+
+
+def test_a_replica_that_goes_has_time_to_answer_the_last_request_that_haproxy_sends_it(tiny_tree: dict[str, Any]) -> None:
+    tree = {**tiny_tree, "serving": {"proxy": "haproxy", "request_timeout_s": 2}}
+    given_s = build({"settings": tree})._bound_deployment._deployment_config.graceful_shutdown_timeout_s
+    assert given_s > RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S + 2
 
 
 def test_the_plain_serve_config_keeps_a_user_on_one_replica_by_the_header(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
