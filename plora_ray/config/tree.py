@@ -11,6 +11,7 @@ from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.model import AdapterSpec
 from plora_ray.adapters.solver import Solver, UserFit
+from plora_ray.config.evaluation import EvaluationSettings
 from plora_ray.config.model import AdapterSettings, ModelSettings, StoreSettings
 from plora_ray.config.section import Section
 from plora_ray.config.serving import ServingSettings
@@ -32,6 +33,7 @@ class Settings(Section):
     training: TrainingSettings = TrainingSettings()
     store: StoreSettings = StoreSettings()
     serving: ServingSettings = ServingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
     def _batches_hold_a_text(self) -> Settings:
@@ -83,7 +85,7 @@ class Settings(Section):
         adam = self.training.adam
         rate, epochs = adam.learning_rate or ADAM_LEARNING_RATES[self.adapter.kind], adam.epochs or ADAM_EPOCHS[self.adapter.kind]
         steps = AdamSteps(epochs=epochs, learning_rate=rate, rows_per_step=adam.rows_per_step, patience=adam.patience)
-        return UserFit(self.user_solver, steps, adam.pull)
+        return UserFit(self.user_solver, steps, adam.pull, guard=self.training.guard and self.user_solver == "newton")
 
     def adapter_spec(self, outputs: int) -> AdapterSpec:
         """The personalised model's shapes for `outputs` classes (1 for a regression)."""

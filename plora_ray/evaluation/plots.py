@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from plora_ray.evaluation.comparison import LABEL_PRIOR, POPULATION, WITH_USER, Comparison
+from plora_ray.evaluation.costs import COST, COST_OF_LIKELIEST
 from plora_ray.evaluation.metrics import Floats
 from plora_ray.evaluation.user_gains import HISTOGRAM_BINS
 
@@ -26,7 +27,10 @@ GAIN_NAMES = {
     "mse": "fall of the user's mean squared error",
     "accuracy": "rise of the user's accuracy",
 }
-METRIC_NAMES = {"nll": "negative log-likelihood (less is better)", "mse": "mean squared error (less is better)", "accuracy": "accuracy"}
+METRIC_NAMES = {
+    "nll": "negative log-likelihood (less is better)", "mse": "mean squared error (less is better)", "accuracy": "accuracy",
+    COST: "cost of the decision (less is better)", COST_OF_LIKELIEST: "cost of the likeliest class (less is better)",
+}  # fmt: skip
 
 
 def gain_histograms(gains: Mapping[str, Floats]) -> bytes:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from plora_ray.config import Settings
 from plora_ray.errors import ConfigError, DataError
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, compare
+from plora_ray.evaluation.costs import Costs
 from plora_ray.evaluation.metrics import Floats, Ints
 from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.report import Evaluation, ProtocolResult, write_report
@@ -50,6 +51,8 @@ def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out:
     loaded = load_generation(store)
     if settings.task != loaded.labels.task:
         raise ConfigError(f"task is {settings.task}, but generation {loaded.name} was trained for {loaded.labels.task}: set task to that")
+    given = settings.evaluation.cost_matrix
+    costs = Costs.of(given, loaded.labels) if given is not None else None
     if settings.training.use_gpu is not False and torch.cuda.is_available():
         loaded.model.to("cuda")
     with Stages() as stages:
@@ -60,7 +63,7 @@ def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out:
         )  # fmt: skip
         engine = InferenceEngine(loaded, batch_tokens=_batch_tokens(settings, loaded), batch_rows=settings.serving.batch_rows)
         try:
-            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines)
+            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines, costs)
             results = [run.protocol(name) for name in protocols]
         finally:
             engine.close()
@@ -108,6 +111,7 @@ class _Run:
     scorer: TextScorer
     stages: Stages
     baselines: Sequence[str]
+    costs: Costs | None
 
     def protocol(self, name: str) -> ProtocolResult:
         """Run one protocol on the test rows it is about."""
@@ -202,7 +206,7 @@ class _Run:
     def _compare(self, predicted: Mapping[str, Floats], chosen: Ints, subject: str, examples: int | None) -> Comparison:
         labels = self.loaded.labels
         truth, owners = self.rows.labels[chosen], self.rows.row_users[chosen]
-        return compare(subject, predicted, truth, owners, labels.task, values=labels.values, examples=examples)
+        return compare(subject, predicted, truth, owners, labels.task, values=labels.values, costs=self.costs, examples=examples)
 
     def _baselines(self, row_users: Ints, examples: int | None) -> dict[str, Floats]:
         """The baselines that read no text; without any training row in the data there is nothing to make them of."""

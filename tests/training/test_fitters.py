@@ -87,6 +87,19 @@ def test_newton_in_blocks_of_bounded_memory_finds_what_it_finds_at_once(
     assert fit(newton, rows, users[:0]).vectors.shape == (0, DIM), "an idle wave"
 
 
+def test_guarded_users_get_the_populations_vector_whatever_the_blocks_and_nobody_else_changes(
+    rows: RankRows, passes: FrozenPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = np.unique(rows.row_users[rows.of_split("train")])
+    plain = fit(NewtonFitter(passes, rows, PRIOR, "classification"), rows, users)
+    guarded = fit(NewtonFitter(passes, rows, PRIOR, "classification", guard=True), rows, users)
+    back = guarded.guarded
+    assert 0 < int(back.sum()) < USERS and not bool(plain.guarded.any())
+    assert bool((guarded.vectors[back] == 0).all()) and torch.allclose(guarded.vectors[~back], plain.vectors[~back], atol=1e-5)
+    monkeypatch.setattr(fitters, "NEWTON_BLOCK_BYTES", 4000)
+    assert torch.equal(fit(NewtonFitter(passes, rows, PRIOR, "classification", guard=True), rows, users).guarded, back)
+
+
 def test_adam_moves_users_towards_what_newton_finds_and_each_as_alone(rows: RankRows, passes: FrozenPasses) -> None:
     users = np.unique(rows.row_users[rows.of_split("train")])[:5]
     steps = AdamSteps(epochs=25, learning_rate=0.1, patience=100)

@@ -36,6 +36,7 @@ def outcome(generator: np.random.Generator, users: int, rows: int, outputs: int)
         examples=examples.astype(np.int32), row_users=np.sort(generator.integers(0, users, rows)), labels=labels,
         population=population, personal=personal, label_counts=counts.astype(np.float32),
         remaining=np.where(generator.random(users) < 0.3, np.nan, generator.random(users)).astype(np.float32),
+        guarded=np.arange(users) % 5 == 0,
         copied=np.zeros(0, np.int32),
     )  # fmt: skip
 
