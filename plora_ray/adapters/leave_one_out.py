@@ -1,4 +1,4 @@
-"""Does a fit help its user? Every row's loss under the vector fitted without that row, against the loss under another vector.
+"""Does a fit help its user? Every row under the vector fitted without that row, against the same row under another vector.
 
 No row is held back and nothing is fitted again: leaving row i out moves the mode by one Newton step, whose Hessian is the
 fit's own without that row. With r and W the gradient and curvature of the row's loss in its logits,
@@ -6,11 +6,13 @@ fit's own without that row. With r and W the gradient and curvature of the row's
     z_i(p_-i) ~ z_i(p) + S (I - W S)^-1 r        S = J_i H^-1 J_i^T
 
 which is exact for a regression (Allen 1974) and close for a classification (Rad and Maleki 2020).
+
+A user's gains in nats add up to the logarithm of how much likelier the rows are with the vector than without. That is the whole
+evidence: a spread of gains says little beside it, as many rows lose a trifle and few gain much.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,46 +21,31 @@ from torch import Tensor
 if TYPE_CHECKING:
     from plora_ray.adapters.problem import FitProblem
 
-FEWEST_ROWS = 5  # of a user: below it the prior decides, not the user's luck
-NOISE = 1.0  # standard errors that a user must lose by
-
-
-@dataclass(frozen=True)
-class LeftOutGains:
-    """What users' rows gain when left out, over the other vector. sums, squares: [users] over a user's rows; rows: [users]."""
-
-    sums: Tensor
-    squares: Tensor
-    rows: Tensor
-
-    @property
-    def harmed(self) -> Tensor:
-        """[users] bool: the mean gain lies below zero by more than NOISE standard errors."""
-        rows = self.rows.clamp(min=2)
-        mean = self.sums / rows
-        error = ((self.squares / rows - mean.square()).clamp(min=0) / (rows - 1)).sqrt()
-        return (self.rows >= FEWEST_ROWS) & (mean < -NOISE * error)
+EVIDENCE_NATS = 1.0  # what a user must lose over all rows: the prior, made of everybody, speaks for the fit
 
 
 def harmed(problem: FitProblem, modes: Tensor, factor: Tensor, other: Tensor) -> Tensor:
-    """[users] bool: who is harmed by the mode [users, d] in place of `other` [d] or [users, d]. factor: see `left_out_gains`."""
-    return left_out_gains(problem, modes, factor, other).harmed
+    """[users] bool: whose rows, each left out, are less likely by EVIDENCE_NATS under the modes than under `other`.
+
+    Arguments as those of `left_out_gains`.
+    """
+    return left_out_gains(problem, modes, factor, other) < -EVIDENCE_NATS
 
 
-def left_out_gains(problem: FitProblem, modes: Tensor, factor: Tensor, other: Tensor) -> LeftOutGains:
-    """Gains of all users. factor: [users, d, d] Cholesky factors of the Hessians at the modes; all float64."""
-    sums, squares = torch.zeros(2, problem.count, dtype=torch.float64)
-    rows = torch.zeros(problem.count, dtype=torch.float64)
+def left_out_gains(problem: FitProblem, modes: Tensor, factor: Tensor, other: Tensor) -> Tensor:
+    """[users], nats: sum over a user's rows of the loss under `other` less the loss under the mode without the row.
+
+    modes: [users, d]; factor: [users, d, d] Cholesky factors of the Hessians there; other: [d] or [users, d]; all float64.
+    """
+    total = torch.zeros(problem.count, dtype=torch.float64)
     covariance, others = torch.cholesky_inverse(factor), other.expand_as(modes)
     for group in problem.groups:
         jacobian, free = problem.at(modes, group)
         labels = problem.labels[group.rows]
         without = free + _moved(problem, free, jacobian, covariance[group.users], labels)
-        gains = (problem.losses(problem.at(others, group)[1], labels) - problem.losses(without, labels)) * group.weights
-        sums.index_add_(0, group.users, gains.sum(1))
-        squares.index_add_(0, group.users, gains.square().sum(1))
-        rows.index_add_(0, group.users, group.weights.sum(1))
-    return LeftOutGains(sums, squares, rows)
+        gains = problem.losses(problem.at(others, group)[1], labels) - problem.losses(without, labels)
+        total.index_add_(0, group.users, (gains * group.weights).sum(1))
+    return total
 
 
 def _moved(problem: FitProblem, free: Tensor, jacobian: Tensor, covariance: Tensor, labels: Tensor) -> Tensor:

@@ -147,8 +147,10 @@ def test_a_guarded_few_shot_fit_leaves_whom_it_would_harm_at_what_he_had(engine:
     starts = [None, np.full(DIM, 0.01, np.float32)] * 6
     by_lot = [Examples(texts, labels, start) for labels, start in zip(drawn, starts, strict=True)]
     mine = Examples(texts, ["yes"] * len(texts))
-    plain = FewShotFitter(engine.loaded).fit_many([*by_lot, mine])
-    guarded = FewShotFitter(replace(engine.loaded, fit=UserFit(guard=True))).fit_many([*by_lot, mine])
+    assert engine.loaded.prior is not None
+    wide = replace(engine.loaded, prior=engine.loaded.prior.scaled(100.0))
+    plain = FewShotFitter(wide).fit_many([*by_lot, mine])
+    guarded = FewShotFitter(replace(wide, fit=UserFit(guard=True))).fit_many([*by_lot, mine])
     left = [place for place, start in enumerate(starts) if np.array_equal(guarded[place].vector, np.zeros(DIM) if start is None else start)]
     assert {place % 2 for place in left} == {0, 1}, "new users and known ones"
     assert all(guarded[place].loss_after == guarded[place].loss_before for place in left)
