@@ -25,8 +25,6 @@ class Costs:
     def of(cls, given: Mapping[str, Mapping[str, float]], labels: LabelSpace) -> Costs:
         """`evaluation.cost_matrix` over a generation's classes. Raises ConfigError that names what is missing or unknown."""
         where, classes = "evaluation.cost_matrix", labels.classes
-        if labels.task != "classification":
-            raise ConfigError(f"{where} is for classes, and this generation answers numbers: remove it")
         named = {*given, *(answer for costs in given.values() for answer in costs)}
         if unknown := sorted(named - set(classes)):
             raise ConfigError(f"{where} names {unknown[0]!r}, which is no class of this generation: {', '.join(classes)}")
