@@ -82,6 +82,21 @@ def _curve(axes: Axes, points: Sequence[Comparison], metric: str) -> None:
     axes.set_title(METRIC_NAMES[metric], fontsize=10)
 
 
+def gain_over_time(periods: Mapping[str, Comparison]) -> bytes:
+    """By metric, what the user gains over the population in each part of the test's time, with 95 % intervals."""
+    found = [periods[name].gains[POPULATION] for name in sorted(periods)]
+    figure = Figure(figsize=(4.6 * len(found[0]), 3.4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(found[0]), squeeze=False)[0], found[0], strict=True):
+        means, lows, highs = (np.array([getattr(gains[metric], end) for gains in found]) for end in ("mean", "low", "high"))
+        parts = np.arange(1, len(found) + 1)
+        axes.errorbar(parts, means, [means - lows, highs - means], color=COLOURS[WITH_USER], marker="o", markersize=4, capsize=3)
+        axes.axhline(0, color=COLOURS[POPULATION], linewidth=1)
+        axes.set_xticks(parts)
+        axes.set_xlabel("part of the test's time")
+        axes.set_title(f"gain in {metric}", fontsize=10)
+    return as_png(figure)
+
+
 def as_png(figure: Figure) -> bytes:
     """Drawn without pyplot, whose global state isn't safe in threads and needs a display on some machines."""
     buffer = BytesIO()
