@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from plora_ray.config.section import Section
 from plora_ray.data.rows import RowProblem, class_label
@@ -28,9 +29,14 @@ Costs = Annotated[dict[str, float], BeforeValidator(_class_names)]
 
 
 class EvaluationSettings(Section):
-    """`plora evaluate`. cost_matrix: label -> class answered -> cost, in any unit; what is right costs nothing unless it says so."""
+    """`plora evaluate`. cost_matrix: label -> class answered -> cost, in any unit; what is right costs nothing unless it says so.
+
+    prices: file of prices, as `plora plan` takes one, for a page of costs; rps_per_million_users: texts a second at the busiest time.
+    """
 
     cost_matrix: Annotated[dict[str, Costs], BeforeValidator(_class_names)] | None = None
+    prices: Path | None = None
+    rps_per_million_users: float = Field(100.0, gt=0)
 
     @field_validator("cost_matrix")
     @classmethod

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from plora_ray.config import Settings
 from plora_ray.errors import ConfigError, DataError
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, compare
+from plora_ray.evaluation.cost_page import CostPage
 from plora_ray.evaluation.costs import Costs
 from plora_ray.evaluation.metrics import Floats, Ints
 from plora_ray.evaluation.periods import drift, in_parts
@@ -32,6 +33,7 @@ from plora_ray.evaluation.rows import EvaluationRows, encode_labels, read_rows
 from plora_ray.evaluation.scoring import TextScorer, predictions
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, LoadedGeneration, load_generation
 from plora_ray.opening import open_store
+from plora_ray.sizing import load_prices
 
 PROTOCOLS = ("full", "few", "zero", "time")
 BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION)
@@ -54,6 +56,8 @@ def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out:
     loaded = load_generation(store)
     if settings.task != loaded.labels.task:
         raise ConfigError(f"task is {settings.task}, but generation {loaded.name} was trained for {loaded.labels.task}: set task to that")
+    if settings.evaluation.prices is not None:
+        load_prices(settings.evaluation.prices)  # wrong ones are told of now, not after the work
     given = settings.evaluation.cost_matrix
     costs = Costs.of(given, loaded.labels) if given is not None else None
     if settings.training.use_gpu is not False and torch.cuda.is_available():
@@ -159,7 +163,11 @@ class _Run:
                 "seed": self.settings.training.seed,
             },
             results=tuple(results),
-        )
+            costs=CostPage.of(
+                self.loaded.model, self.settings.evaluation, tokens=self.scorer.mean_tokens,
+                rows_per_user=rows.train_rows / max(len(rows.keys), 1),
+            ),
+        )  # fmt: skip
 
     @cached_property
     def _with_user(self) -> dict[str, Floats]:

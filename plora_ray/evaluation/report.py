@@ -15,6 +15,7 @@ from typing import Any
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.comparison import Comparison
+from plora_ray.evaluation.cost_page import CostPage
 from plora_ray.evaluation.page import INTERVALS, comparison_table, groups_table, page, picture, table
 from plora_ray.evaluation.plots import few_shot_curves, gain_histograms, gain_over_time
 from plora_ray.evaluation.verdict import verdict
@@ -54,13 +55,14 @@ class ProtocolResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything a report says. data: what was measured on, as plain values."""
+    """Everything a report says. data: what was measured on, as plain values. costs: of a million users, if there are prices."""
 
     generation: str
     model: str
     labels: LabelSpace
     data: dict[str, Any]
     results: tuple[ProtocolResult, ...]
+    costs: CostPage | None = None
 
     def comparisons(self, protocol: str) -> Sequence[Comparison]:
         """The protocol's comparisons; none if it was skipped or not asked for."""
@@ -78,6 +80,7 @@ class Evaluation:
             "data": self.data,
             "verdict": self.verdict(),
             "protocols": {result.name: result.to_json() for result in self.results},
+            **({"costs": self.costs.to_json()} if self.costs else {}),
         }
 
 
@@ -114,7 +117,7 @@ def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
         f"Evaluation of generation {evaluation.generation}",
         evaluation.verdict(),
         f"<p>Model {escape(evaluation.model)}, {escape(evaluation.labels.task)}.</p>",
-        [*sections, f"<h2>Data</h2>\n{data}"],
+        [*sections, *([evaluation.costs.to_html()] if evaluation.costs else []), f"<h2>Data</h2>\n{data}"],
         f"{INTERVALS} Everybody's labels are those of all training rows in this data.",
     )
 
