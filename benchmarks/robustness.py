@@ -142,41 +142,51 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows of a user at most.")] = 24,
     epochs: Annotated[int, typer.Option(help="Passes of the population stage.")] = 3,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 128,
-    language: Annotated[list[str] | None, typer.Option(help="Only the test of these languages, instead of the scenarios.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="These scenarios.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="New users of these languages instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """A line a scenario, group of users and guard, over all seeds."""
     began = time.perf_counter()
-    for name, whose, gains in _languages(data, language, seeds, users, rows, epochs, max_length) if language else _scenarios(
-        data, seeds, users, rows, epochs, max_length
-    ):  # fmt: skip
+    run = Run(data, seeds, users, rows, epochs, max_length)
+    for name, whose, gains in run.languages(language) if language else run.scenarios(only):
         for guard in (False, True):
             line = {"scenario": name, "whose": whose, **gains.line(guard=guard), "seconds": round(time.perf_counter() - began)}
             print(json.dumps(line) if as_json else "  ".join(f"{key}={value}" for key, value in line.items()), flush=True)
 
 
-def _scenarios(data: str, seeds: int, users: int, rows: int, epochs: int, max_length: int) -> Iterator[tuple[str, str, Gains]]:
-    for spoil in SPOILT:
-        everybody, hit = Gains(), Gains()
-        for seed in range(seeds):
-            gains, chosen = spoilt_gains(read(data, seed, users, rows, max_length), spoil, seed, epochs)
-            everybody.extend(gains)
-            hit.extend(gains.of(chosen))
-        yield spoil.name, "all", everybody
-        if 0 < spoil.share < 1:
-            yield spoil.name, "spoilt", hit
+@dataclass(frozen=True)
+class Run:
+    """What is measured: the options of `main`."""
 
+    data: str
+    seeds: int
+    users: int
+    rows: int
+    epochs: int
+    max_length: int
 
-def _languages(
-    data: str, languages: list[str], seeds: int, users: int, rows: int, epochs: int, max_length: int
-) -> Iterator[tuple[str, str, Gains]]:
-    by_language = read_languages(Path(data), rows, max_length)
-    for language in languages:
-        found: dict[str, Gains] = {}
-        for seed in range(seeds):
-            for name, gains in language_gains(by_language, language, users, seed, epochs):
-                found.setdefault(name, Gains()).extend(gains)
-        yield from ((name, f"new, {SHOTS} examples", gains) for name, gains in found.items())
+    def scenarios(self, only: list[str] | None) -> Iterator[tuple[str, str, Gains]]:
+        """Name, whose gains, gains: of everybody, and of those alone whose rows were spoilt."""
+        for spoil in (spoil for spoil in SPOILT if not only or spoil.name in only):
+            everybody, hit = Gains(), Gains()
+            for seed in range(self.seeds):
+                gains, chosen = spoilt_gains(read(self.data, seed, self.users, self.rows, self.max_length), spoil, seed, self.epochs)
+                everybody.extend(gains)
+                hit.extend(gains.of(chosen))
+            yield spoil.name, "all", everybody
+            if 0 < spoil.share < 1:
+                yield spoil.name, "spoilt", hit
+
+    def languages(self, languages: list[str]) -> Iterator[tuple[str, str, Gains]]:
+        """The same for new users of each language, which the population has met or not."""
+        by_language = read_languages(Path(self.data), self.rows, self.max_length)
+        for language in languages:
+            found: dict[str, Gains] = {}
+            for seed in range(self.seeds):
+                for name, gains in language_gains(by_language, language, self.users, seed, self.epochs):
+                    found.setdefault(name, Gains()).extend(gains)
+            yield from ((name, f"new, {SHOTS} examples", gains) for name, gains in found.items())
 
 
 if __name__ == "__main__":
