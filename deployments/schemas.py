@@ -51,7 +51,8 @@ class PredictRequest(_Body):
 class Prediction(BaseModel):
     """label: a class name, or a number for a regression; scores: probability by class name.
 
-    personalization: whether the user's own adapter answered; reason: why not, when the store couldn't tell.
+    personalization: whether the user's own adapter answered; reason: why not, when the store couldn't tell or the guard left
+    the user to the population.
     """
 
     user_id: str
@@ -113,10 +114,10 @@ class SharedDescription(BaseModel):
 
 
 class UserResponse(BaseModel):
-    """What is known of a user with an adapter."""
+    """What is known of a user with an adapter. personalization: population where it is the zero vector, by the training's guard."""
 
     user_id: str
-    personalization: Literal["adapter"]
+    personalization: Literal["adapter", "population"]
     generation: str
     examples: int
     updated_at: str

@@ -90,7 +90,7 @@ def user_routes(settings: ServingSettings, service: Callable[[], PredictionServi
             raise Problem(404, "this user has no adapter: the population answers; PUT examples to personalise")
         return UserResponse(
             user_id=user_id,
-            personalization="adapter",
+            personalization="adapter" if adapter.record.any() else "population",
             generation=adapter.generation,
             examples=adapter.examples,
             updated_at=adapter.updated_at,

@@ -25,7 +25,7 @@ from plora_ray.config import Settings, load_settings, parse_settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "cluster").rglob("*.md"))]
-SETTINGS_TABLES = {"docs/train.md": "All settings", "docs/serve.md": "Settings"}
+SETTINGS_TABLES = {"docs/train.md": "All settings", "docs/serve.md": "Settings", "docs/evaluate.md": "Settings"}
 
 of_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 

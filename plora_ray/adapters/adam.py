@@ -89,7 +89,8 @@ def fit_adam(
     while fit.step():
         pass
     vectors = torch.where(fit.best_loss.isfinite().unsqueeze(1), fit.best, fit.values) if fit.best is not None else fit.values
-    return FittedUsers(vectors.cpu(), torch.tensor(fit.stopped, dtype=torch.bool), torch.full((len(seeds),), torch.nan))
+    nobody = torch.zeros(len(seeds), dtype=torch.bool)
+    return FittedUsers(vectors.cpu(), torch.tensor(fit.stopped, dtype=torch.bool), torch.full((len(seeds),), torch.nan), nobody)
 
 
 class _Fit:

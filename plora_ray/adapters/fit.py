@@ -20,16 +20,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from plora_ray.adapters.leave_one_out import harmed
 from plora_ray.adapters.model import Task
+from plora_ray.adapters.problem import FitProblem, free_logits
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 NEWTON_STEPS = 25
 TOLERANCE = 1e-6
 LEAST_NOISE = 1e-4  # of a standardised regression label: below it one row would outweigh any prior
-GROUP_ROWS = 4096  # rows that are worked on at once: a Jacobian of 2 MB an output at d = 64
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,6 @@ class Linearisation:
     jacobian: Tensor
 
 
-def _free(logits: Tensor, task: Task) -> Tensor:
-    return logits if task == "regression" else logits[:, :-1] - logits[:, -1:]
-
-
 def linearise(forward: Forward, input_ids: Tensor, attention_mask: Tensor, point: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     """Logits [batch, outputs] and Jacobian [batch, free, d] of one batch at `point` [d]; one backward pass a free output.
 
@@ -98,7 +94,7 @@ def linearise(forward: Forward, input_ids: Tensor, attention_mask: Tensor, point
     with torch.enable_grad():
         vectors = point.float().to(input_ids.device).expand(input_ids.shape[0], -1).clone().requires_grad_(True)
         logits = forward(input_ids, attention_mask, vectors)
-        free = _free(logits, task)
+        free = free_logits(logits, task)
         columns = [
             torch.autograd.grad(free[:, column].sum(), vectors, retain_graph=column + 1 < free.shape[1])[0]
             for column in range(free.shape[1])
@@ -113,23 +109,26 @@ class FittedUsers:
     vectors: [users, width] float32. converged: [users] bool, whether the solver ended before its last step allowed.
     remaining: [users] float32 in (0, 1], the share of the prior's variance that a user's rows leave, trace(H^-1 C^-1) / d with
         H the Hessian at the mode (Laplace's approximation); NaN where a solver gives none.
+    guarded: [users] bool, whose own rows say that the fit harms them: their vectors are the fallback.
     """
 
     vectors: Tensor
     converged: Tensor
     remaining: Tensor
+    guarded: Tensor
 
 
 def solve_users(
-    linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task
-) -> FittedUsers:
+    linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task,
+    fallback: Tensor | None = None,
+) -> FittedUsers:  # fmt: skip
     """Posterior modes of `count` users at once.
 
     texts: [rows] row of `linear` each example uses; labels: [rows] class index or value; users: [rows] in 0..count-1.
     Users are independent: a user's result is what it is with no other user present, up to rounding. A user without rows
-    gets the prior's mean.
+    gets the prior's mean. fallback: [d] or [users, d], what those get whom the mode harms (`leave_one_out.harmed`); None: nobody is asked.
     """
-    problem = _Problem(linear, texts, labels, users, count, prior, task)
+    problem = FitProblem(linear, texts, labels, users, count, prior, task)
     p = prior.mean.expand(count, -1).clone()
     objective = problem.objective(p)
     converged = torch.zeros(count, dtype=torch.bool)
@@ -146,7 +145,10 @@ def solve_users(
     else:
         factor = torch.linalg.cholesky(problem.derivatives(p)[1])
     left = torch.cholesky_solve(prior.precision.expand(count, -1, -1), factor).diagonal(dim1=1, dim2=2).mean(1)
-    return FittedUsers(p.float(), converged, left.float())
+    guarded = torch.zeros(count, dtype=torch.bool) if fallback is None else harmed(problem, p, factor, fallback.double())
+    if fallback is not None:
+        p = torch.where(guarded.unsqueeze(1), fallback.double(), p)
+    return FittedUsers(p.float(), converged, left.float(), guarded)
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def posterior_moments(
     linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task
 ) -> PosteriorMoments:
     """The expectation step of empirical Bayes with Laplace posteriors; arguments as in `solve_users`."""
-    problem = _Problem(linear, texts, labels, users, count, prior, task)
+    problem = FitProblem(linear, texts, labels, users, count, prior, task)
     modes = solve_users(linear, texts, labels, users, count, prior, task).vectors.double()
     hessian = problem.derivatives(modes)[1]
     covariance = torch.linalg.inv(hessian)
@@ -188,116 +190,3 @@ def posterior_moments(
     determinants = 0.5 * (count * torch.logdet(prior.precision) - torch.logdet(hessian).sum())
     evidence = float(determinants - problem.objective(modes).sum()) - noise
     return PosteriorMoments(count, modes.sum(0), modes.T @ modes + covariance.sum(0), len(texts), squared, evidence)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Users of like row counts, filled up to equally many. users: [u]; rows: [u, n]; weights: [u, n], 0 where filled up."""
-
-    users: Tensor
-    rows: Tensor
-    weights: Tensor
-
-
-def _groups(users: Tensor, count: int) -> list[_Group]:
-    """All rows by user, at most GROUP_ROWS together; a user with more is in several groups."""
-    order = torch.argsort(users, stable=True)
-    counts = torch.bincount(users, minlength=count)
-    starts = counts.cumsum(0) - counts
-    groups = []
-    by_count = torch.argsort(counts, descending=True, stable=True)
-    place = 0
-    while place < count and (most := int(counts[by_count[place]])):
-        chosen = by_count[place : place + max(1, GROUP_ROWS // most)]
-        place += len(chosen)
-        for first in range(0, most, GROUP_ROWS):
-            offsets = torch.arange(first, min(most, first + GROUP_ROWS))
-            real = offsets < counts[chosen].unsqueeze(1)
-            rows = order[torch.where(real, starts[chosen].unsqueeze(1) + offsets, 0)]
-            groups.append(_Group(chosen, rows, real.double()))
-    return groups
-
-
-class _Problem:
-    """The convex objective of every user of a wave, its gradient and Hessian; float64 where users' sums are formed.
-
-    Users of like row counts are one batched product, so that a Hessian is J^T W J and no row's outer product is ever formed.
-    """
-
-    def __init__(
-        self, linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task
-    ) -> None:
-        self.task, self.prior, self.count = task, prior, count
-        self.texts, self.labels = texts, labels
-        self.jacobian = linear.jacobian
-        self.point = linear.point.double()
-        self.free = _free(linear.logits, task).double()
-        self.groups = _groups(users, count)
-
-    def _at(self, p: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
-        """Jacobian [u, n x free, d] and free logits [u, n, free] of a group's rows at their users' vectors."""
-        texts = self.texts[group.rows]
-        jacobian = self.jacobian[texts].double().flatten(1, 2)
-        shift = (p - self.point)[group.users]
-        return jacobian, self.free[texts] + torch.bmm(jacobian, shift.unsqueeze(-1)).view(*texts.shape, -1)
-
-    def objective(self, p: Tensor) -> Tensor:
-        """[users]: negative log posterior of each user, up to a constant."""
-        centred = p - self.prior.mean
-        total = 0.5 * ((centred @ self.prior.precision) * centred).sum(1)
-        for group in self.groups:
-            _, free = self._at(p, group)
-            labels = self.labels[group.rows]
-            if self.task == "regression":
-                losses = 0.5 * (free[..., 0] - labels.double()).square() / self.prior.noise_variance
-            else:
-                losses = F.cross_entropy(F.pad(free, (0, 1)).flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-            total.index_add_(0, group.users, (losses * group.weights).sum(1))
-        return total
-
-    def derivatives(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient [users, d] and Hessian [users, d, d] of `objective`."""
-        gradient = (p - self.prior.mean) @ self.prior.precision
-        hessian = self.prior.precision.expand(self.count, -1, -1).clone()
-        for group in self.groups:
-            jacobian, free = self._at(p, group)
-            labels, weights = self.labels[group.rows], group.weights.unsqueeze(-1)
-            if self.task == "regression":
-                residual = (free - labels.double().unsqueeze(-1)) / self.prior.noise_variance * weights
-                curvature = weights / self.prior.noise_variance
-            else:
-                curvature = F.softmax(F.pad(free, (0, 1)), dim=-1)[..., :-1] * weights
-                residual = curvature - F.one_hot(labels, free.shape[-1] + 1)[..., :-1] * weights
-            gradient.index_add_(0, group.users, torch.bmm(residual.flatten(1).unsqueeze(1), jacobian).squeeze(1))
-            curved = torch.bmm(jacobian.mT, jacobian * curvature.flatten(1).unsqueeze(-1))
-            if self.task == "classification":  # softmax couples the outputs: J^T (diag(q) - q q^T) J
-                mean = torch.einsum("unf,unfd->und", curvature, jacobian.view(*free.shape, -1))
-                curved -= torch.bmm(mean.mT, mean)
-            hessian.index_add_(0, group.users, curved)
-        return gradient, hessian
-
-    def squared_residuals(self, p: Tensor, covariance: Tensor) -> float:
-        """Sum over a regression's rows of the squared residual, expected for vectors N(p, covariance [users, d, d])."""
-        total = 0.0
-        for group in self.groups:
-            jacobian, free = self._at(p, group)
-            spread = (torch.bmm(jacobian, covariance[group.users]) * jacobian).sum(-1)
-            squared = (free[..., 0] - self.labels[group.rows].double()).square()
-            total += float(((squared + spread) * group.weights).sum())
-        return total
-
-    def line_search(self, p: Tensor, objective: Tensor, direction: Tensor, decrement: Tensor) -> tuple[Tensor, Tensor]:
-        """Halve each user's step until its objective falls enough (Armijo, 1e-4); a user that can't improve stays."""
-        size = torch.ones(self.count, 1, dtype=p.dtype)
-        best, best_objective = p.clone(), objective.clone()
-        pending = direction.abs().sum(-1) > 0
-        for _ in range(20):
-            trial = p + size * direction
-            value = self.objective(trial)
-            accepted = pending & (value <= objective - 1e-4 * size.squeeze(-1) * decrement)
-            best[accepted], best_objective[accepted] = trial[accepted], value[accepted]
-            pending &= ~accepted
-            if not bool(pending.any()):
-                break
-            size[pending] *= 0.5
-        return best, best_objective

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plora_ray.adapters.fit import GROUP_ROWS
+from plora_ray.adapters.problem import GROUP_ROWS
 from plora_ray.adapters.solver import Solver
 
 NEWTON_BLOCK_BYTES = 64 * 2**20  # Newton solves a wave in blocks of users of about so many bytes

@@ -13,11 +13,13 @@ Solver = Literal["newton", "adam"]
 @dataclass(frozen=True)
 class UserFit:
     """solver: newton (fit.py) or adam (adam.py). steps: how Adam goes. pull: for private matrices, the precision lambda of the
-    pull towards where a user starts; vectors are pulled by the generation's prior."""
+    pull towards where a user starts; vectors are pulled by the generation's prior. guard: whether users whom Newton's fit harms go without.
+    """
 
     solver: Solver = "newton"
     steps: AdamSteps = AdamSteps()
     pull: float = 1.0
+    guard: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

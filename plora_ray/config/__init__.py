@@ -4,6 +4,7 @@ Secrets don't belong here: S3 credentials, the store's key and token keys come f
 """
 
 from plora_ray.config.encryption import EncryptionSettings, ServerSideSettings
+from plora_ray.config.evaluation import EvaluationSettings
 from plora_ray.config.loading import load_settings, parse_settings
 from plora_ray.config.model import AdapterSettings, ModelSettings, RetentionSettings, StoreSettings
 from plora_ray.config.serving import AuditSettings, AuthSettings, LimitSettings, ServingSettings
@@ -11,7 +12,7 @@ from plora_ray.config.training import AdamSettings, MlflowSettings, TrainingSett
 from plora_ray.config.tree import ADAM_LEARNING_RATES, Settings
 
 __all__ = [
-    "ADAM_LEARNING_RATES", "AdamSettings", "AdapterSettings", "AuditSettings", "AuthSettings", "EncryptionSettings", "LimitSettings",
-    "MlflowSettings", "ModelSettings", "RetentionSettings", "ServerSideSettings", "ServingSettings", "Settings", "StoreSettings",
-    "TrainingSettings", "load_settings", "parse_settings",
+    "ADAM_LEARNING_RATES", "AdamSettings", "AdapterSettings", "AuditSettings", "AuthSettings", "EncryptionSettings", "EvaluationSettings",
+    "LimitSettings", "MlflowSettings", "ModelSettings", "RetentionSettings", "ServerSideSettings", "ServingSettings", "Settings",
+    "StoreSettings", "TrainingSettings", "load_settings", "parse_settings",
 ]  # fmt: skip

@@ -61,6 +61,8 @@ class TrainingSettings(Section):
     the job rides out passing failures of the storage, each time. sharding: zero3 shards the frozen PLM
     over the ranks, replicated keeps a copy on each, auto shards when a copy would take over half of a device's memory.
     user_solver: what fits users once everything shared is frozen; auto takes newton for kind plora, adam for kind lora.
+    guard: whether users whom newton's fit harms, by their own rows left out one by one, are left to the population; adam has a guard
+    of its own, since it keeps a user's best epoch on validation rows, the start included.
     population_fraction: share of the training rows that an epoch of the population stage meets, drawn anew each epoch.
     user_dropout: rho. batch_rows / batch_tokens bound a batch. A wave is the unit of resume: at most
     users_per_wave users (auto: 5000), and no more than fit into wave_memory_mb.
@@ -94,6 +96,7 @@ class TrainingSettings(Section):
     user_dropout: float = Field(0.1, ge=0, le=1)
     mutual_information: MutualInformationSettings = MutualInformationSettings()
     user_solver: Literal["auto", "newton", "adam"] = "auto"
+    guard: bool = False
     adam: AdamSettings = AdamSettings()
     batch_rows: int = Field(32, ge=1)
     batch_tokens: int = Field(4096, ge=16)

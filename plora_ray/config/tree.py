@@ -11,6 +11,7 @@ from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.model import AdapterSpec
 from plora_ray.adapters.solver import Solver, UserFit
+from plora_ray.config.evaluation import EvaluationSettings
 from plora_ray.config.model import AdapterSettings, ModelSettings, StoreSettings
 from plora_ray.config.section import Section
 from plora_ray.config.serving import ServingSettings
@@ -32,6 +33,7 @@ class Settings(Section):
     training: TrainingSettings = TrainingSettings()
     store: StoreSettings = StoreSettings()
     serving: ServingSettings = ServingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
     def _batches_hold_a_text(self) -> Settings:
@@ -57,8 +59,16 @@ class Settings(Section):
                 raise ValueError(f"{where}.{changed} means nothing with adapter.kind {kind}: remove it")
         if self.adapter.top_layers is None and (changed := _changed(self.training, ("activation_cache_mb", "activation_disk_mb"))):
             raise ValueError(f"training.{changed} means nothing without adapter.top_layers: remove it or set that")
+        if solver == "adam" and self.training.guard:
+            raise ValueError("training.guard means nothing to training.user_solver adam, which keeps a user's best epoch: remove it")
         if solver == "newton" and (changed := _changed(self.training.adam, tuple(AdamSettings.model_fields))):
             raise ValueError(f"training.adam.{changed} means nothing to training.user_solver newton: remove it or set user_solver to adam")
+        return self
+
+    @model_validator(mode="after")
+    def _costs_are_of_classes(self) -> Settings:
+        if self.task == "regression" and self.evaluation.cost_matrix is not None:
+            raise ValueError("evaluation.cost_matrix is for classes, and task is regression: remove it")
         return self
 
     @property
@@ -83,7 +93,7 @@ class Settings(Section):
         adam = self.training.adam
         rate, epochs = adam.learning_rate or ADAM_LEARNING_RATES[self.adapter.kind], adam.epochs or ADAM_EPOCHS[self.adapter.kind]
         steps = AdamSteps(epochs=epochs, learning_rate=rate, rows_per_step=adam.rows_per_step, patience=adam.patience)
-        return UserFit(self.user_solver, steps, adam.pull)
+        return UserFit(self.user_solver, steps, adam.pull, self.training.guard)
 
     def adapter_spec(self, outputs: int) -> AdapterSpec:
         """The personalised model's shapes for `outputs` classes (1 for a regression)."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plora_ray.adapters.model import Task
+from plora_ray.evaluation.costs import Costs
 from plora_ray.evaluation.metrics import (
     ClassificationTotals,
     Floats,
@@ -56,15 +57,22 @@ class Gain(Interval):
 
 @dataclass(frozen=True)
 class PredictorScores:
-    """scores: over rows. intervals: of accuracy and nll, or of mse. by_user: the same means when every user counts alike."""
+    """scores: over rows. intervals: of accuracy and nll (and costs, if there are any), or of mse. by_user: the same means when every
+    user counts alike."""
 
     scores: Scores
     intervals: dict[str, Interval]
     by_user: dict[str, float]
 
+    @property
+    def figures(self) -> dict[str, float | int]:
+        """All of them by name, rounded."""
+        scores = as_json(self.scores)
+        return scores | {name: round(interval.mean, 5) for name, interval in self.intervals.items() if name not in scores}
+
     def to_json(self) -> dict[str, Any]:
         return {
-            **as_json(self.scores),
+            **self.figures,
             "intervals": {name: interval.to_json() for name, interval in self.intervals.items()},
             "mean_over_users": {name: round(value, 5) for name, value in self.by_user.items()},
         }
@@ -109,10 +117,11 @@ class ComparisonTotals:
     """Rows of a comparison, added in pieces: holds totals, and of each user with rows a few numbers a predictor and metric.
 
     subject: the predictor whose gains are asked for. outputs: classes (1 for a regression). values: [classes] as numbers, if they are.
+    costs: of errors, which make metrics of their own.
     """
 
-    def __init__(self, subject: str, task: Task, outputs: int, values: Floats | None = None) -> None:
-        self._subject, self._task, self._outputs, self._values = subject, task, outputs, values
+    def __init__(self, subject: str, task: Task, outputs: int, values: Floats | None = None, costs: Costs | None = None) -> None:
+        self._subject, self._task, self._outputs, self._values, self._matrix = subject, task, outputs, values, costs
         self._scores: dict[str, ClassificationTotals | RegressionTotals] = {}
         self._columns: list[tuple[str, str]] = []
         self._costs = np.zeros(0)
@@ -239,7 +248,8 @@ class ComparisonTotals:
         if self._regression:
             return {"mse": (predicted - labels.astype(np.float64)) ** 2}
         classes = labels.astype(np.int64)
-        return {"accuracy": -(predicted.argmax(axis=1) == classes).astype(np.float64), "nll": row_nll(predicted, classes)}
+        right = {"accuracy": -(predicted.argmax(axis=1) == classes).astype(np.float64), "nll": row_nll(predicted, classes)}
+        return right if self._matrix is None else right | self._matrix.of_rows(predicted, classes)
 
 
 def compare(
@@ -250,15 +260,16 @@ def compare(
     task: Task,
     *,
     values: Floats | None = None,
+    costs: Costs | None = None,
     examples: int | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Score every predictor and pair `subject` with each other one: `ComparisonTotals` of rows that are all at hand.
 
     predicted: by name, log-probabilities [rows, classes], or values [rows] of a regression. Needs at least one row.
-    values: see ComparisonTotals.
+    values, costs: see ComparisonTotals.
     """
-    totals = ComparisonTotals(subject, task, next(iter(predicted.values())).shape[-1] if task == "classification" else 1, values)
+    totals = ComparisonTotals(subject, task, next(iter(predicted.values())).shape[-1] if task == "classification" else 1, values, costs)
     totals.add(predicted, labels, row_users)
     return totals.result(examples=examples, seed=seed)
 

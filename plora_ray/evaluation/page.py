@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval, PredictorScores
-from plora_ray.evaluation.metrics import as_json
+from plora_ray.evaluation.costs import COST, COST_OF_LIKELIEST
 
 PREDICTORS = {
     WITH_USER: "with user",
@@ -20,7 +20,7 @@ PREDICTORS = {
 }
 METRICS = {
     "accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "brier": "Brier", "ece": "ECE", "mse": "MSE", "rmse": "RMSE",
-    "mae": "MAE", "kappa": "kappa", "r2": "R²",
+    "mae": "MAE", "kappa": "kappa", "r2": "R²", COST: "cost of the decision", COST_OF_LIKELIEST: "cost of the likeliest class",
 }  # fmt: skip
 INTERVALS = "Intervals: 95 %, bootstrap over whole users. Gains are paired on the same rows; positive is better for every metric."
 STYLE = """
@@ -60,7 +60,7 @@ def _line(kind: str, cells: Sequence[str]) -> str:
 
 def comparison_table(comparison: Comparison) -> str:
     """Predictors down, metrics across, and at the right what the subject gains over each."""
-    metrics = [name for name in as_json(comparison.predictors[comparison.subject].scores) if name != "rows"]
+    metrics = [name for name in comparison.predictors[comparison.subject].figures if name != "rows"]
     gained = list(next(iter(comparison.gains.values()), {}))
     head = ["", *(METRICS[name] for name in metrics), *(f"gain over it, {METRICS[name]}" for name in gained)]
     lines = []
@@ -92,7 +92,7 @@ def groups_table(groups: Mapping[str, Comparison]) -> str:
 
 
 def _score(predictor: PredictorScores, metric: str) -> str:
-    value = _number(metric, float(as_json(predictor.scores)[metric]))
+    value = _number(metric, float(predictor.figures[metric]))
     interval = predictor.intervals.get(metric)
     return f'{value} <span class="interval">{_number(metric, interval.low)}–{_number(metric, interval.high)}</span>' if interval else value
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from plora_ray.evaluation.comparison import LABEL_PRIOR, POPULATION, WITH_USER, Comparison
+from plora_ray.evaluation.costs import COST, COST_OF_LIKELIEST
 from plora_ray.evaluation.metrics import Floats
 from plora_ray.evaluation.user_gains import HISTOGRAM_BINS
 
@@ -26,7 +27,10 @@ GAIN_NAMES = {
     "mse": "fall of the user's mean squared error",
     "accuracy": "rise of the user's accuracy",
 }
-METRIC_NAMES = {"nll": "negative log-likelihood (less is better)", "mse": "mean squared error (less is better)", "accuracy": "accuracy"}
+METRIC_NAMES = {
+    "nll": "negative log-likelihood (less is better)", "mse": "mean squared error (less is better)", "accuracy": "accuracy",
+    COST: "cost of the decision (less is better)", COST_OF_LIKELIEST: "cost of the likeliest class (less is better)",
+}  # fmt: skip
 
 
 def gain_histograms(gains: Mapping[str, Floats]) -> bytes:
@@ -76,6 +80,21 @@ def _curve(axes: Axes, points: Sequence[Comparison], metric: str) -> None:
     axes.set_xticks(shots, [str(count) for count in shots])
     axes.set_xlabel("examples of the user")
     axes.set_title(METRIC_NAMES[metric], fontsize=10)
+
+
+def gain_over_time(periods: Mapping[str, Comparison]) -> bytes:
+    """By metric, what the user gains over the population in each part of the test's time, with 95 % intervals."""
+    found = [periods[name].gains[POPULATION] for name in sorted(periods)]
+    figure = Figure(figsize=(4.6 * len(found[0]), 3.4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(found[0]), squeeze=False)[0], found[0], strict=True):
+        means, lows, highs = (np.array([getattr(gains[metric], end) for gains in found]) for end in ("mean", "low", "high"))
+        parts = np.arange(1, len(found) + 1)
+        axes.errorbar(parts, means, [means - lows, highs - means], color=COLOURS[WITH_USER], marker="o", markersize=4, capsize=3)
+        axes.axhline(0, color=COLOURS[POPULATION], linewidth=1)
+        axes.set_xticks(parts)
+        axes.set_xlabel("part of the test's time")
+        axes.set_title(f"gain in {metric}", fontsize=10)
+    return as_png(figure)
 
 
 def as_png(figure: Figure) -> bytes:

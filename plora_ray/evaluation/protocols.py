@@ -1,6 +1,7 @@
-"""The three questions an evaluation asks of the current generation, each answered beside baselines on the same rows.
+"""The questions an evaluation asks of the current generation, each answered beside baselines on the same rows.
 
     full    users the generation has trained: how much better are the answers with the user than without?
+    time    the same, trained on the past and tested on the future: what becomes of the gain as time goes on?
     zero    users it has never met: how good is the population's answer, which is what they get?
     few     the same users after 1, 2, 4, ... of their own examples: how fast does an adapter pay?
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,19 @@ from numpy.typing import NDArray
 from plora_ray.config import Settings
 from plora_ray.errors import ConfigError, DataError
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, compare
+from plora_ray.evaluation.cost_page import CostPage
+from plora_ray.evaluation.costs import Costs
 from plora_ray.evaluation.metrics import Floats, Ints
+from plora_ray.evaluation.periods import drift, in_parts
 from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.report import Evaluation, ProtocolResult, write_report
 from plora_ray.evaluation.rows import EvaluationRows, encode_labels, read_rows
 from plora_ray.evaluation.scoring import TextScorer, predictions
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, LoadedGeneration, load_generation
 from plora_ray.opening import open_store
+from plora_ray.sizing import load_prices
 
-PROTOCOLS = ("full", "few", "zero")
+PROTOCOLS = ("full", "few", "zero", "time")
 BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION)
 SHOTS = (1, 2, 4, 8, 16)
 _SEEN: dict[str, tuple[str, int | None]] = {"full": (WITH_USER, None), "zero": (POPULATION, 0)}  # subject; examples of each user seen
@@ -39,17 +45,21 @@ USERS_PER_FIT = 64  # fitted together: 64 x 16 Jacobians of a few kilobytes each
 def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out: Path) -> dict[str, Any]:
     """Evaluate the store's current generation on `settings.data`; write report.json, report.html and plots into `out`.
 
-    Returns what report.json holds. protocol: full, few, zero or all. baselines: any of BASELINES; the population is always
-    reported, since gains are measured against it. A protocol without test rows is reported as skipped.
-    Raises ConfigError for unknown names, DataError if nothing could be evaluated, StoreError and ModelError on loading.
+    Returns what report.json holds. protocol: one of PROTOCOLS, or all (time among them with data.split_times). baselines: any of
+    BASELINES; the population is always reported, since gains are measured against it. A protocol without test rows is reported as
+    skipped. Raises ConfigError for unknown names, DataError if nothing could be evaluated, StoreError and ModelError on loading.
     """
-    protocols = _chosen_protocols(protocol)
+    protocols = _chosen_protocols(protocol, dated=settings.data.split_times is not None)
     _check_baselines(baselines)
     _check_folder(out)
     store = open_store(settings.store)
     loaded = load_generation(store)
     if settings.task != loaded.labels.task:
         raise ConfigError(f"task is {settings.task}, but generation {loaded.name} was trained for {loaded.labels.task}: set task to that")
+    if settings.evaluation.prices is not None:
+        load_prices(settings.evaluation.prices)  # wrong ones are told of now, not after the work
+    given = settings.evaluation.cost_matrix
+    costs = Costs.of(given, loaded.labels) if given is not None else None
     if settings.training.use_gpu is not False and torch.cuda.is_available():
         loaded.model.to("cuda")
     with Stages() as stages:
@@ -60,7 +70,7 @@ def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out:
         )  # fmt: skip
         engine = InferenceEngine(loaded, batch_tokens=_batch_tokens(settings, loaded), batch_rows=settings.serving.batch_rows)
         try:
-            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines)
+            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines, costs)
             results = [run.protocol(name) for name in protocols]
         finally:
             engine.close()
@@ -72,9 +82,11 @@ def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out:
     return report
 
 
-def _chosen_protocols(protocol: str) -> Sequence[str]:
+def _chosen_protocols(protocol: str, *, dated: bool) -> Sequence[str]:
     if protocol == "all":
-        return PROTOCOLS
+        return [name for name in PROTOCOLS if dated or name != "time"]
+    if protocol == "time" and not dated:
+        raise ConfigError("protocol time needs data.split_times, which trains on the past and tests on the future: set it")
     if protocol not in PROTOCOLS:
         raise ConfigError(f"unknown protocol {protocol!r}: use one of {', '.join((*PROTOCOLS, 'all'))}")
     return (protocol,)
@@ -108,17 +120,21 @@ class _Run:
     scorer: TextScorer
     stages: Stages
     baselines: Sequence[str]
+    costs: Costs | None
 
     def protocol(self, name: str) -> ProtocolResult:
         """Run one protocol on the test rows it is about."""
         known = self.rows.known[self.rows.row_users] if len(self.rows.keys) else np.zeros(0, bool)
-        chosen = np.flatnonzero(known if name == "full" else ~known)
+        chosen = np.flatnonzero(known if name in ("full", "time") else ~known)
         if not len(chosen):
-            whose = "in the generation" if name == "full" else f"outside generation {self.loaded.name}"
+            whose = "in the generation" if name in ("full", "time") else f"outside generation {self.loaded.name}"
             reason = f"the data has no test rows of users {whose} (check data.source, data.filter and the splits)"
             return ProtocolResult(name, skipped=reason)
+        if name == "time":
+            periods = self._periods(chosen)
+            return ProtocolResult(name, (self._compare(self._with_user, chosen, WITH_USER, None),), note=drift(periods), periods=periods)
         if name in ("full", "zero"):
-            predicted, seen = self._full(chosen) if name == "full" else self._zero(chosen), _SEEN[name]
+            predicted, seen = self._with_user if name == "full" else self._zero(chosen), _SEEN[name]
             return ProtocolResult(name, (self._compare(predicted, chosen, *seen),), groups=self._groups(predicted, chosen, *seen))
         points = tuple(point for shots in SHOTS if (point := self._few(chosen, shots)))
         if not points:
@@ -147,9 +163,16 @@ class _Run:
                 "seed": self.settings.training.seed,
             },
             results=tuple(results),
-        )
+            costs=CostPage.of(
+                self.loaded.model, self.settings.evaluation, tokens=self.scorer.mean_tokens,
+                rows_per_user=rows.train_rows / max(len(rows.keys), 1),
+            ),
+        )  # fmt: skip
 
-    def _full(self, chosen: Ints) -> dict[str, Floats]:
+    @cached_property
+    def _with_user(self) -> dict[str, Floats]:
+        """What every predictor says of all rows of users in the generation."""
+        chosen = np.flatnonzero(self.rows.known[self.rows.row_users])
         users, places = np.unique(self.rows.row_users[chosen], return_inverse=True)
         keys = [self.rows.keys[user] for user in users]
         adapters = self.loaded.reader.get_many(keys)
@@ -158,6 +181,15 @@ class _Run:
 
     def _zero(self, chosen: Ints) -> dict[str, Floats]:
         return self._predicted(None, chosen, 0)
+
+    def _periods(self, chosen: Ints) -> dict[str, Comparison]:
+        """The comparison on the rows of each part of the test's time that has any."""
+        names, parts = in_parts(self.rows.row_times[chosen])
+        return {
+            name: self._compare({who: values[mine] for who, values in self._with_user.items()}, chosen[mine], WITH_USER, None)
+            for part, name in enumerate(names)
+            if (mine := parts == part).any()
+        }
 
     def _groups(self, predicted: Mapping[str, Floats], chosen: Ints, subject: str, examples: int | None) -> dict[str, Comparison]:
         """The same comparison on the rows of each group that has any."""
@@ -202,7 +234,7 @@ class _Run:
     def _compare(self, predicted: Mapping[str, Floats], chosen: Ints, subject: str, examples: int | None) -> Comparison:
         labels = self.loaded.labels
         truth, owners = self.rows.labels[chosen], self.rows.row_users[chosen]
-        return compare(subject, predicted, truth, owners, labels.task, values=labels.values, examples=examples)
+        return compare(subject, predicted, truth, owners, labels.task, values=labels.values, costs=self.costs, examples=examples)
 
     def _baselines(self, row_users: Ints, examples: int | None) -> dict[str, Floats]:
         """The baselines that read no text; without any training row in the data there is nothing to make them of."""

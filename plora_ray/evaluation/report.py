@@ -15,15 +15,17 @@ from typing import Any
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.comparison import Comparison
+from plora_ray.evaluation.cost_page import CostPage
 from plora_ray.evaluation.page import INTERVALS, comparison_table, groups_table, page, picture, table
-from plora_ray.evaluation.plots import few_shot_curves, gain_histograms
+from plora_ray.evaluation.plots import few_shot_curves, gain_histograms, gain_over_time
 from plora_ray.evaluation.verdict import verdict
 
-GAIN_PLOT, FEW_PLOT = "gain_per_user.png", "few_shot.png"
+GAIN_PLOT, FEW_PLOT, TIME_PLOT = "gain_per_user.png", "few_shot.png", "gain_over_time.png"
 TITLES = {
     "full": "Full-shot: trained users",
     "few": "Few-shot: new users with a few examples",
     "zero": "Zero-shot: new users without examples",
+    "time": "By time: trained on the past, tested on the future",
 }
 
 
@@ -31,7 +33,7 @@ TITLES = {
 class ProtocolResult:
     """One protocol: a comparison, or for few-shot one for each number of examples; or why there is none. note: what is missing.
 
-    groups: the comparison on the rows of each group, where the data has a column of groups.
+    groups: the comparison on the rows of each group, where the data has a column of groups. periods: on those of each part of the time.
     """
 
     name: str
@@ -39,32 +41,35 @@ class ProtocolResult:
     skipped: str | None = None
     note: str | None = None
     groups: Mapping[str, Comparison] = field(default_factory=dict)
+    periods: Mapping[str, Comparison] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         if self.skipped:
             return {"status": "skipped", "reason": self.skipped}
         found = [comparison.to_json() for comparison in self.comparisons]
         note = {"note": self.note} if self.note else {}
-        groups = {"groups": {name: comparison.to_json() for name, comparison in self.groups.items()}} if self.groups else {}
+        divided = {"groups": self.groups, "periods": self.periods}
+        groups = {key: {name: part.to_json() for name, part in parts.items()} for key, parts in divided.items() if parts}
         return {"status": "evaluated", **note, **({"points": found} if self.name == "few" else found[0]), **groups}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything a report says. data: what was measured on, as plain values."""
+    """Everything a report says. data: what was measured on, as plain values. costs: of a million users, if there are prices."""
 
     generation: str
     model: str
     labels: LabelSpace
     data: dict[str, Any]
     results: tuple[ProtocolResult, ...]
+    costs: CostPage | None = None
 
     def comparisons(self, protocol: str) -> Sequence[Comparison]:
         """The protocol's comparisons; none if it was skipped or not asked for."""
         return next((result.comparisons for result in self.results if result.name == protocol), ())
 
     def verdict(self) -> str:
-        full, zero = self.comparisons("full"), self.comparisons("zero")
+        full, zero = self.comparisons("full") or self.comparisons("time"), self.comparisons("zero")
         return verdict(full[0] if full else None, self.comparisons("few"), zero[0] if zero else None)
 
     def to_json(self) -> dict[str, Any]:
@@ -75,6 +80,7 @@ class Evaluation:
             "data": self.data,
             "verdict": self.verdict(),
             "protocols": {result.name: result.to_json() for result in self.results},
+            **({"costs": self.costs.to_json()} if self.costs else {}),
         }
 
 
@@ -83,7 +89,7 @@ def write_report(evaluation: Evaluation, out: Path) -> dict[str, Any]:
     plots = _plots(evaluation)
     report = {**evaluation.to_json(), "plots": list(plots)}
     try:
-        for name in (GAIN_PLOT, FEW_PLOT):  # an earlier run's picture beside this run's numbers would mislead
+        for name in (GAIN_PLOT, FEW_PLOT, TIME_PLOT):  # an earlier run's picture beside this run's numbers would mislead
             (out / name).unlink(missing_ok=True)
         for name, png in plots.items():
             (out / name).write_bytes(png)
@@ -97,7 +103,9 @@ def write_report(evaluation: Evaluation, out: Path) -> dict[str, Any]:
 def _plots(evaluation: Evaluation) -> dict[str, bytes]:
     full, few = evaluation.comparisons("full"), evaluation.comparisons("few")
     plots = {GAIN_PLOT: gain_histograms({full[0].loss: full[0].user_gains.means})} if full and full[0].user_gains else {}
-    return {**plots, FEW_PLOT: few_shot_curves(few)} if few else plots
+    plots |= {FEW_PLOT: few_shot_curves(few)} if few else {}
+    periods = next((result.periods for result in evaluation.results if result.periods), {})
+    return plots | ({TIME_PLOT: gain_over_time(periods)} if periods else {})
 
 
 def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
@@ -109,7 +117,7 @@ def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
         f"Evaluation of generation {evaluation.generation}",
         evaluation.verdict(),
         f"<p>Model {escape(evaluation.model)}, {escape(evaluation.labels.task)}.</p>",
-        [*sections, f"<h2>Data</h2>\n{data}"],
+        [*sections, *([evaluation.costs.to_html()] if evaluation.costs else []), f"<h2>Data</h2>\n{data}"],
         f"{INTERVALS} Everybody's labels are those of all training rows in this data.",
     )
 
@@ -118,10 +126,11 @@ def _section(result: ProtocolResult, pictures: dict[str, str]) -> str:
     head = f"<h2>{TITLES[result.name]}</h2>"
     if result.skipped:
         return f"{head}\n<p>Skipped: {escape(result.skipped)}.</p>"
-    picture = pictures.get({"full": GAIN_PLOT, "few": FEW_PLOT}.get(result.name, ""), "")
+    picture = pictures.get({"full": GAIN_PLOT, "few": FEW_PLOT, "time": TIME_PLOT}.get(result.name, ""), "")
     note = f"<p>{escape(result.note)}.</p>" if result.note else ""
     groups = ["<h3>By group</h3>", groups_table(result.groups)] if result.groups else []
-    return "\n".join([head, picture, note, *(comparison_table(comparison) for comparison in result.comparisons), *groups])
+    periods = ["<h3>By age of the rows</h3>", groups_table(result.periods)] if result.periods else []
+    return "\n".join([head, picture, note, *(comparison_table(comparison) for comparison in result.comparisons), *groups, *periods])
 
 
 def _plain(value: object) -> str:

@@ -11,6 +11,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class EvaluationRows:
     texts: different texts of test rows. labels: [rows] class indices, or values of a regression. keys, known: by user, his
     key and whether the generation trained an adapter for him. history: the labels of all training rows. examples: by user
     outside the generation, up to `examples_kept` training rows (text, label) in an order drawn by the seed. groups: names of the
-    groups that test rows belong to; row_groups: [rows] index into them, -1 for none.
+    groups that test rows belong to; row_groups: [rows] index into them, -1 for none. row_times: [rows] in UTC, NaT where not given.
     """
 
     texts: list[str]
@@ -52,6 +53,7 @@ class EvaluationRows:
     bad_rows: int
     groups: list[str]
     row_groups: NDArray[np.int64]
+    row_times: NDArray[np.datetime64]
 
 
 def read_rows(
@@ -119,6 +121,7 @@ class _Collector:
     _tests: list[tuple[int, int, str | float]] = field(default_factory=list)
     _groups: dict[str, int] = field(default_factory=dict)
     _test_groups: list[int] = field(default_factory=list)
+    _test_times: list[datetime | None] = field(default_factory=list)
     _history: Counter[tuple[int, str | float]] = field(default_factory=Counter)
     _examples: dict[int, list[tuple[int, int, str, str | float]]] = field(default_factory=dict)
 
@@ -130,6 +133,7 @@ class _Collector:
         if split == "test":
             self._tests.append((self._texts.setdefault(row.text, len(self._texts)), user, row.label))
             self._test_groups.append(-1 if row.group is None else self._groups.setdefault(row.group, len(self._groups)))
+            self._test_times.append(None if row.timestamp is None else row.timestamp.replace(tzinfo=None))
             if len(self._groups) > MOST_GROUPS:
                 raise DataError(f"columns.group has more than {MOST_GROUPS} different values: name a column of few, or none")
         elif split == "train":
@@ -153,6 +157,7 @@ class _Collector:
             bad_rows=bad_rows,
             groups=list(self._groups),
             row_groups=np.array(self._test_groups, np.int64),
+            row_times=np.array(self._test_times, "datetime64[us]"),
         )
 
     def _user(self, user_id: str) -> int | None:

@@ -28,6 +28,11 @@ class TextScorer:
         outputs = engine.loaded.labels.outputs
         self._population = np.full((len(texts), outputs), np.nan, np.float32)
 
+    @property
+    def mean_tokens(self) -> float:
+        """Of a text."""
+        return float(np.mean([len(ids) for ids in self._ids])) if self._ids else 1.0
+
     def population(self, row_texts: Ints) -> NDArray[np.float32]:
         """Logits [rows, outputs] without a user; a text that came before isn't computed again."""
         wanted = np.unique(row_texts)

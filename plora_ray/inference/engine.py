@@ -32,7 +32,7 @@ PASS_TOKENS = {"cpu": 20, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Answer:
-    """One answered row. reason: why a row was answered by the population although the store may hold an adapter."""
+    """One answered row. reason: why a row was answered by the population although the store holds an adapter, or may hold one."""
 
     prediction: Prediction
     personalization: Personalization
@@ -102,7 +102,7 @@ class InferenceEngine:
 
     def submit(self, rows: Sequence[tuple[str, str]], at_least: str = "") -> PendingAnswers:
         """Tokenise, fetch adapters and queue; the futures hold each row's logits [outputs]."""
-        found = self.cache.find([self.loaded.store.key(user_id) for user_id, _ in rows], at_least)
+        found = [self._honest(one) for one in self.cache.find([self.loaded.store.key(user_id) for user_id, _ in rows], at_least)]
         ids = self.encode([text for _, text in rows])
         return PendingAnswers(self._batcher.submit([(row, one.record) for row, one in zip(ids, found, strict=True)]), found)
 
@@ -117,6 +117,11 @@ class InferenceEngine:
             Answer(prediction, "population" if one.record is None else "adapter", self.generation, one.failure)
             for prediction, one in zip(predictions, pending.found, strict=True)
         ]
+
+    def _honest(self, found: Found) -> Found:
+        """A vector of zeros, which the guard leaves to a user whom his fit would harm, is the population and says so."""
+        is_population = self.loaded.prior is not None and found.record is not None and not found.record.any()
+        return Found(None, "guarded") if is_population else found
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut to the generation's max_length."""

@@ -71,7 +71,7 @@ class FewShotFitter:
             had = torch.stack([nobody if user.start is None else torch.tensor(user.start) for user in users])
             passes = ExamplePasses(loaded, ids, max_tokens=self._batch_tokens, max_rows=self._batch_rows)
             if loaded.fit.solver == "newton":
-                fitted = self._newton(users, passes, labels, owners)
+                fitted = self._newton(users, passes, labels, owners, had)
             else:
                 fitted = self._adam(users, passes, labels, owners, had)
             fitted = within(loaded, fitted, had, self._farthest)
@@ -81,8 +81,8 @@ class FewShotFitter:
             for place in range(len(users))
         ]
 
-    def _newton(self, users: Sequence[Examples], passes: ExamplePasses, labels: Tensor, owners: Tensor) -> Tensor:
-        """Posterior modes [users, d] under the generation's prior, centred at each user's start."""
+    def _newton(self, users: Sequence[Examples], passes: ExamplePasses, labels: Tensor, owners: Tensor, had: Tensor) -> Tensor:
+        """Posterior modes [users, d] under the generation's prior, centred at each user's start; `had`, whom the guard leaves at that."""
         prior, task = self._loaded.prior, self._loaded.labels.task
         assert prior is not None
         fitted = torch.empty(len(users), len(prior.mean))
@@ -92,7 +92,8 @@ class FewShotFitter:
             rows = torch.from_numpy(np.flatnonzero(np.isin(owners.numpy(), group)))
             linear = passes.linearise(rows.numpy(), centred.mean)
             local = owners[rows] - group[0]
-            fitted[group] = solve_users(linear, torch.arange(len(rows)), labels[rows], local, len(group), centred, task).vectors
+            fallback = had[group] if self._loaded.fit.guard else None
+            fitted[group] = solve_users(linear, torch.arange(len(rows)), labels[rows], local, len(group), centred, task, fallback).vectors
         return fitted
 
     def _adam(self, users: Sequence[Examples], passes: ExamplePasses, labels: Tensor, owners: Tensor, had: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Literal
 
 # Where a row's adapter was found. unknown: the user is remembered to have none. none: the store was asked and has none.
 Tier = Literal["resident", "memory", "disk", "store", "unknown", "none"]
-# Why the population answered: the user has no adapter, or what kept the engine from it.
-PopulationReason = Literal["no_adapter", "store_unavailable", "adapter_corrupt"]
+# Why the population answered: the user has no adapter, or one of zeros, which is the population, or what kept the engine from it.
+PopulationReason = Literal["no_adapter", "guarded", "store_unavailable", "adapter_corrupt"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ file, row        where the row stood in the source; row counts from 1
 user_id          as it was given
 label            the class's name, or the value of a regression
 scores           a probability for every class; a regression has none
-personalization  adapter or population; reason: why the population, if the store couldn't tell
+personalization  adapter or population; reason: why the population, if the store couldn't tell or the guard left the user to it
 generation       that answered
 """
 

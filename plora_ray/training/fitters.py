@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Protocol
 
 import numpy as np
@@ -29,10 +30,14 @@ class WaveFitter(Protocol):
 
 
 class NewtonFitter:
-    """Posterior modes of user vectors under `prior`, in blocks of users of bounded memory."""
+    """Posterior modes of user vectors under `prior`, in blocks of users of bounded memory.
 
-    def __init__(self, passes: FrozenPasses, rows: RankRows, prior: UserPrior, task: Task) -> None:
+    guard: users whom their mode harms get the population's vector, which is zero.
+    """
+
+    def __init__(self, passes: FrozenPasses, rows: RankRows, prior: UserPrior, task: Task, *, guard: bool = False) -> None:
         self._passes, self._rows, self._prior, self._task = passes, rows, prior, task
+        self._fallback = torch.zeros(len(prior.mean)) if guard else None
 
     def fit(self, users: np.ndarray, train: np.ndarray) -> FittedUsers:
         parts = []
@@ -41,13 +46,12 @@ class NewtonFitter:
             linear, texts = self._passes.linearise(rows, self._prior.mean)
             if block is not None:
                 local = torch.from_numpy(np.searchsorted(mine, self._rows.row_users[rows]))
-                parts.append(solve_users(linear, texts, self._rows.labels[rows], local, len(mine), self._prior, self._task))
+                labels = self._rows.labels[rows]
+                parts.append(solve_users(linear, texts, labels, local, len(mine), self._prior, self._task, self._fallback))
         if not parts:
-            return FittedUsers(torch.empty(0, len(self._prior.mean)), torch.empty(0, dtype=torch.bool), torch.empty(0))
-        vectors, converged, remaining = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("vectors", "converged", "remaining")
-        )
-        return FittedUsers(vectors, converged, remaining)
+            nobody = torch.empty(0, dtype=torch.bool)
+            return FittedUsers(torch.empty(0, len(self._prior.mean)), nobody, torch.empty(0), nobody)
+        return FittedUsers(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(FittedUsers)))
 
 
 def newton_blocks(users: np.ndarray, train: np.ndarray, rows: RankRows, dim: int, outputs: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -211,7 +211,7 @@ def _fitter(
     if prior is None:
         return AdamFitter(passes, rows, model.population_vector(shared), fit.pull, fit.steps, settings.task)
     if fit.solver == "newton":
-        return NewtonFitter(passes, rows, prior, settings.task)
+        return NewtonFitter(passes, rows, prior, settings.task, guard=fit.guard)
     return AdamFitter(passes, rows, prior.mean, prior.precision * prior.noise_variance, fit.steps, settings.task)
 
 

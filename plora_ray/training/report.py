@@ -86,6 +86,7 @@ class TrainingReport:
             "verdict": self.verdict,
             "seconds": round(self.seconds, 1),
             "users": self.totals.users + self.totals.copied,
+            "users_guarded": self.totals.guarded,
             "plan": self.plan.to_json(),
             "rows": {split: self.stats.rows(split) for split in ("train", "validation", "test")},
             "bad_rows_skipped": self.stats.skipped,
@@ -153,6 +154,7 @@ class TrainingReport:
         rows = {split: self.stats.rows(split) for split in ("train", "validation", "test")}
         named = [
             ("users trained", f"{self.totals.users:,}"),
+            ("users whom the guard leaves to the population", f"{self.totals.guarded:,}"),
             ("users carried over", f"{self.totals.copied:,}"),
             ("rows", ", ".join(f"{count:,} {split}" for split, count in rows.items())),
             ("bad rows skipped", ", ".join(f"{count:,} {why}" for why, count in self.stats.skipped.items()) or "none"),

@@ -60,6 +60,7 @@ class WaveOutcome:
     examples: [users] training rows. row_users: [rows]. labels: [rows] encoded. population, personal: [rows, outputs]
     logits without and with the user. label_counts: [users, outputs] training labels (for a regression their sum).
     remaining: [users] share of the prior's variance that the user's rows left, NaN where the solver gives none.
+    guarded: [users] bool, whose fit would have harmed them, so that they are answered by the population.
     copied: [copied users] training rows of the wave's users that came over unchanged; they are not among `users`.
     """
 
@@ -70,6 +71,7 @@ class WaveOutcome:
     personal: np.ndarray
     label_counts: np.ndarray
     remaining: np.ndarray
+    guarded: np.ndarray
     copied: np.ndarray
 
     @property

@@ -35,12 +35,13 @@ class RowBucket:
 class WaveTotals:
     """Add every wave once, then read. stats: where everybody's label frequencies come from.
 
-    users, examples: users fitted and their training rows. copied: users that came over unchanged.
+    users, examples: users fitted and their training rows. copied: users that came over unchanged. guarded: of the users fitted, those
+    who are answered by the population since their fit would have harmed them.
     remaining_users: [20] users by share of the prior's variance left.
     """
 
     def __init__(self, labels: LabelSpace, stats: PartitionStats) -> None:
-        self.users = self.examples = self.copied = 0
+        self.users = self.examples = self.copied = self.guarded = 0
         self.remaining_users = np.zeros(len(REMAINING_EDGES) - 1, np.int64)
         self._remaining_sum = 0.0
         self._labels = labels
@@ -52,6 +53,7 @@ class WaveTotals:
         """Count a wave."""
         self.users += len(outcome.examples)
         self.copied += len(outcome.copied)
+        self.guarded += int(outcome.guarded.sum())
         self.examples += int(outcome.examples.sum(dtype=np.int64))
         told = np.clip(outcome.remaining[np.isfinite(outcome.remaining)], 0, 1)  # NaN where the solver knows none
         self.remaining_users += np.histogram(told, bins=REMAINING_EDGES)[0]

@@ -77,6 +77,7 @@ class UserStage:
             personal=personal.numpy(),
             label_counts=self._label_counts(train, local, len(users)),
             remaining=fitted.remaining.numpy(),
+            guarded=fitted.guarded.numpy(),
             copied=copied.examples,
         )
         self.waves.write(

@@ -18,9 +18,12 @@ from sklearn.metrics import (
 )
 
 from plora_ray.adapters.labels import LabelSpace
+from plora_ray.errors import ConfigError
 from plora_ray.evaluation import metrics
 from plora_ray.evaluation.baselines import LabelHistory
 from plora_ray.evaluation.comparison import MAJORITY, POPULATION, WITH_USER, ComparisonTotals, compare
+from plora_ray.evaluation.costs import Costs
+from plora_ray.evaluation.page import comparison_table
 from plora_ray.evaluation.user_gains import UserGains
 
 GENERATOR = np.random.default_rng(0)
@@ -228,3 +231,43 @@ def test_a_new_users_label_prior_knows_only_the_given_examples() -> None:
     narrow = history.restricted_to(np.array([1]), np.array([0]))
     np.testing.assert_allclose(narrow.by_user, [[0, 0], [1, 0]])
     np.testing.assert_allclose(narrow.overall, history.overall)
+
+
+@pytest.fixture(scope="module")
+def costs() -> Costs:
+    given = {"a": {"b": 4.0, "c": 1.0}, "b": {"a": 2.0, "c": 0.5, "b": -1.0}, "c": {"a": 7.0, "b": 3.0}}
+    return Costs.of(given, LabelSpace("classification", ("a", "b", "c")))
+
+
+def test_the_decision_is_the_one_that_brute_force_finds_cheapest_and_costs_what_the_matrix_says(costs: Costs) -> None:
+    generator = np.random.default_rng(4)
+    log_probabilities = np.log(generator.dirichlet(np.ones(3), 200))
+    labels, users = generator.integers(0, 3, 200), np.repeat(np.arange(20), 10)
+    matrix = [[0.0, 4.0, 1.0], [2.0, -1.0, 0.5], [7.0, 3.0, 0.0]]
+    decided, likeliest = [], []
+    for row in np.exp(log_probabilities):
+        expected = [sum(row[truth] * matrix[truth][answer] for truth in range(3)) for answer in range(3)]
+        decided.append(expected.index(min(expected)))
+        likeliest.append(row.tolist().index(max(row)))
+    assert costs.cheapest(log_probabilities).tolist() == decided and decided != likeliest
+    blind = np.tile(np.log([0.2, 0.5, 0.3]), (200, 1))
+    found = compare("with_user", {"with_user": log_probabilities, "population": blind}, labels, users, "classification", costs=costs)
+    mine, theirs = found.predictors["with_user"], found.predictors["population"]
+    for name, answers in (("cost", decided), ("cost_of_likeliest", likeliest)):
+        assert mine.figures[name] == pytest.approx(np.mean([matrix[y][a] for y, a in zip(labels, answers, strict=True)]), abs=1e-5)
+    assert mine.intervals["cost"].low < mine.figures["cost"] < mine.intervals["cost"].high
+    gain = found.gains["population"]["cost"]
+    assert gain.mean == pytest.approx(theirs.figures["cost"] - mine.figures["cost"], abs=2e-5)
+    assert "cost of the decision" in comparison_table(found) and found.to_json()["predictors"]["with_user"]["cost"] == mine.figures["cost"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"a": {"b": 1.0}}, "no cost of answering 'a' where 'b' is right: add evaluation.cost_matrix.b.a"),
+        ({"a": {"d": 1.0}}, "names 'd', which is no class of this generation: a, b"),
+    ],
+)
+def test_a_cost_matrix_of_other_classes_is_one_line_that_says_what_to_change(given: dict[str, dict[str, float]], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Costs.of(given, LabelSpace("classification", ("a", "b")))

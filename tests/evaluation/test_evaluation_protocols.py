@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from plora_ray.data.splits import SplitTimes
 from plora_ray.errors import ConfigError, DataError, StoreError
 from plora_ray.evaluation import protocols
 from plora_ray.evaluation.protocols import BASELINES, evaluate_store
@@ -73,6 +75,29 @@ def test_a_few_examples_of_informative_users_beat_the_population_and_more_help_m
     assert nll[-1] < nll[0] < points[0]["predictors"]["population"]["nll"]
 
 
+def test_by_time_the_future_is_compared_as_a_whole_and_part_by_part_and_a_taste_that_changes_shows(world: World, tmp_path: Path) -> None:
+    """Rows of the past train; test rows come in hourly, and in the second half of the test's time everybody says the contrary."""
+    start, rows = datetime(2024, 1, 1, tzinfo=UTC), []
+    for place, row in enumerate(rows_of(world, "a", "train") + (test := rows_of(world, "a", "test"))):
+        hours = place - world.users_per_cohort * world.train_rows
+        changed = hours >= len(test) / 2
+        label = {"no": "yes", "yes": "no"}[row["label"]] if changed else row["label"]
+        rows.append({**row, "label": label, "timestamp": (start + timedelta(hours=hours)).isoformat()})
+    data = tmp_path / "dated.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    dated = world.with_data(source=str(data), split_times=SplitTimes(test=start))
+    report = evaluate_store(dated, "all", ALL, tmp_path / "out")
+    full, time = report["protocols"]["full"], report["protocols"]["time"]
+    assert time["predictors"] == full["predictors"] and time["gain_over"] == full["gain_over"]
+    parts = [time["periods"][name] for name in sorted(time["periods"])]
+    assert [part["rows"] for part in parts] == [len(test) // 4] * 4 and list(time["periods"])[0].startswith("1 of 4: 2024-01-01 to ")
+    assert [part["predictors"]["with_user"]["accuracy"] for part in parts] == [1.0, 1.0, 0.0, 0.0]
+    assert "soon after training" in time["note"] and "gain_over_time.png" in report["plots"]
+    assert "By age of the rows" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(ConfigError, match="protocol time needs data.split_times"):
+        evaluate_store(world.settings, "time", [], tmp_path / "none")
+
+
 def test_a_regression_is_measured_in_the_labels_units(regression_world: World, tmp_path: Path) -> None:
     report = evaluate_store(regression_world.settings, "all", ALL, tmp_path)
     labels = [row["label"] for row in rows_of(regression_world, "a", "train") + rows_of(regression_world, "b", "train")]
@@ -99,7 +124,7 @@ def test_nothing_to_evaluate_is_an_error_that_says_why(world: World, tmp_path: P
 
 @pytest.mark.parametrize(("protocol", "baselines"), [("half", []), ("full", ["majority", "oracle"])])
 def test_unknown_names_are_errors_that_name_the_valid_ones(world: World, tmp_path: Path, protocol: str, baselines: list[str]) -> None:
-    with pytest.raises(ConfigError, match="full, few, zero, all" if protocol == "half" else "majority, label-prior, population"):
+    with pytest.raises(ConfigError, match="full, few, zero, time, all" if protocol == "half" else "majority, label-prior, population"):
         evaluate_store(world.settings, protocol, baselines, tmp_path)
 
 

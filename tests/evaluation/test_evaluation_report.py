@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from transformers import BertConfig, BertModel
 
+from plora_ray.config import AdapterSettings, EvaluationSettings
 from plora_ray.errors import ConfigError, DataError
 from plora_ray.evaluation.comparison import POPULATION, WITH_USER, Comparison, compare
 from plora_ray.evaluation.metrics import log_softmax
@@ -18,6 +20,7 @@ from plora_ray.evaluation.page import comparison_table
 from plora_ray.evaluation.protocols import BASELINES, evaluate_store
 from plora_ray.evaluation.runs import compare_runs
 from plora_ray.evaluation.verdict import verdict
+from plora_ray.sizing import Demand, ModelShape, load_figures, load_prices, make_plan, monthly_cost
 
 if TYPE_CHECKING:
     from tests.evaluation.conftest import World
@@ -109,6 +112,28 @@ def test_groups_divide_the_rows_and_each_is_compared_alone(world: World, tmp_pat
     assert set(full["groups"]) == {"a"} and set(zero["groups"]) == {"b"}  # each cohort is asked about in one protocol
     assert full["groups"]["a"]["gain_over"] == full["gain_over"] and full["groups"]["a"]["rows"] == full["rows"]
     assert "By group" in (tmp_path / "report.html").read_text()
+
+
+def test_prices_add_what_a_million_users_cost_as_plora_plan_reckons_it(world: World, tmp_path: Path) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("{currency: EUR, cpu_core_hour: 0.04, memory_gib_hour: 0.005, gpu_hour: 1.1, storage_gib_month: 0.023}")
+    priced = world.settings.model_copy(update={"evaluation": EvaluationSettings(prices=prices, rps_per_million_users=50)})
+    costs = evaluate_store(priced, "zero", [], tmp_path / "out")["costs"]
+    plm = BertModel(BertConfig.from_pretrained(world.settings.model.name), add_pooling_layer=False)
+    shape = ModelShape(
+        parameters=sum(parameter.numel() for parameter in plm.parameters()),
+        block_parameters=sum(parameter.numel() for parameter in plm.encoder.parameters()), hidden=32, layers=2,
+    )  # fmt: skip
+    demand = Demand(
+        users=1_000_000, model=shape, rps=50, adapter=AdapterSettings(rank=4, user_dim=4), tokens=7, rows_per_user=world.train_rows
+    )
+    cost = monthly_cost(make_plan(demand, load_figures()), demand, load_prices(prices))
+    assert costs["month"]["storage"] == round(cost.storage, 2) and costs["month"]["serving"] == round(cost.serving, 2)
+    assert costs["month"]["total"] == pytest.approx(cost.total, rel=1e-3) and costs["currency"] == "EUR"
+    assert "What it costs" in (tmp_path / "out" / "report.html").read_text()
+    prices.write_text("currency: EUR")
+    with pytest.raises(ConfigError, match="cpu_core_hour"):
+        evaluate_store(priced, "zero", [], tmp_path / "never")
 
 
 def test_a_column_of_names_is_no_group(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from plora_ray.adapters.solver import UserFit
 from plora_ray.errors import CorruptObjectError, DataError, ModelError, StoreError
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, load_generation
 from plora_ray.inference.batcher import Batcher, EngineClosed, QueueFull
@@ -73,6 +75,13 @@ def test_an_unknown_user_gets_exactly_the_population_answer_and_the_answer_says_
     assert unknown.reason is None
 
 
+def test_a_user_whom_the_guard_left_to_the_population_gets_exactly_its_answer_and_the_answer_says_so(engine: InferenceEngine) -> None:
+    engine.admit(fresh(engine, USERS[0], np.zeros(DIM)))
+    guarded, unknown, other = engine.predict([(USERS[0], TEXTS[0]), ("nobody", TEXTS[0]), (USERS[1], TEXTS[0])])
+    assert (guarded.personalization, guarded.reason) == ("population", "guarded") and other.personalization == "adapter"
+    assert guarded.prediction == unknown.prediction and guarded.generation == unknown.generation
+
+
 def test_a_version_token_makes_the_engine_see_an_adapter_that_was_stored_elsewhere(engine: InferenceEngine, store: AdapterStore) -> None:
     before = engine.predict([(USERS[0], TEXTS[0])])[0]
     adapter = fresh(engine, USERS[0], np.full(DIM, 3.0))
@@ -128,6 +137,26 @@ def test_new_examples_move_a_known_user_on_from_the_trained_vector(engine: Infer
     start = np.full(DIM, 0.7, np.float32)
     moved = fitter.fit_many([Examples(TEXTS[:1], ["yes"], start=start)])[0]
     assert 0 < np.linalg.norm(moved.vector - start) < np.linalg.norm(moved.vector)
+
+
+def test_a_guarded_few_shot_fit_leaves_whom_it_would_harm_at_what_he_had(engine: InferenceEngine) -> None:
+    """Labels drawn as the population expects them: there is nothing to learn of such a user but chance."""
+    generator, texts = np.random.default_rng(1), [f"{text} {number}" for number in range(6) for text in TEXTS]
+    chances = [list(answer.prediction.scores.values()) for answer in engine.predict([("nobody", text) for text in texts])]
+    drawn = [[LABELS.classes[generator.choice(3, p=np.array(row) / sum(row))] for row in chances] for _ in range(12)]
+    starts = [None, np.full(DIM, 0.01, np.float32)] * 6
+    by_lot = [Examples(texts, labels, start) for labels, start in zip(drawn, starts, strict=True)]
+    mine = Examples(texts, ["yes"] * len(texts))
+    assert engine.loaded.prior is not None
+    wide = replace(engine.loaded, prior=engine.loaded.prior.scaled(100.0))
+    plain = FewShotFitter(wide).fit_many([*by_lot, mine])
+    guarded = FewShotFitter(replace(wide, fit=UserFit(guard=True))).fit_many([*by_lot, mine])
+    left = [place for place, start in enumerate(starts) if np.array_equal(guarded[place].vector, np.zeros(DIM) if start is None else start)]
+    assert {place % 2 for place in left} == {0, 1}, "new users and known ones"
+    assert all(guarded[place].loss_after == guarded[place].loss_before for place in left)
+    for place in {*range(13)} - {*left}:
+        assert np.array_equal(guarded[place].vector, plain[place].vector)
+    assert guarded[12].loss_after < guarded[12].loss_before
 
 
 class Pulls:

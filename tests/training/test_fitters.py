@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from plora_ray.adapters import leave_one_out
 from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.fit import FittedUsers, UserPrior
 from plora_ray.adapters.labels import LabelSpace
@@ -85,6 +86,20 @@ def test_newton_in_blocks_of_bounded_memory_finds_what_it_finds_at_once(
     assert torch.allclose(blocks.vectors, whole.vectors, atol=1e-5) and whole.vectors.shape == (USERS, DIM)
     assert torch.allclose(blocks.remaining, whole.remaining, atol=1e-5) and bool((whole.remaining < 1).all())
     assert fit(newton, rows, users[:0]).vectors.shape == (0, DIM), "an idle wave"
+
+
+def test_guarded_users_get_the_populations_vector_whatever_the_blocks_and_nobody_else_changes(
+    rows: RankRows, passes: FrozenPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leave_one_out, "EVIDENCE_NATS", 0.0)  # few rows of few users: any loss is to count
+    users = np.unique(rows.row_users[rows.of_split("train")])
+    plain = fit(NewtonFitter(passes, rows, PRIOR, "classification"), rows, users)
+    guarded = fit(NewtonFitter(passes, rows, PRIOR, "classification", guard=True), rows, users)
+    back = guarded.guarded
+    assert 0 < int(back.sum()) < USERS and not bool(plain.guarded.any())
+    assert bool((guarded.vectors[back] == 0).all()) and torch.allclose(guarded.vectors[~back], plain.vectors[~back], atol=1e-5)
+    monkeypatch.setattr(fitters, "NEWTON_BLOCK_BYTES", 4000)
+    assert torch.equal(fit(NewtonFitter(passes, rows, PRIOR, "classification", guard=True), rows, users).guarded, back)
 
 
 def test_adam_moves_users_towards_what_newton_finds_and_each_as_alone(rows: RankRows, passes: FrozenPasses) -> None:

@@ -69,7 +69,7 @@ def segments(store: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def test_the_job_publishes_an_adapter_for_every_user_and_its_last_line_says_so(tiny_tree: Tree, tmp_path: Path) -> None:
-    tiny_tree["training"]["tensorboard_dir"] = str(tmp_path / "board")
+    tiny_tree["training"] |= {"tensorboard_dir": str(tmp_path / "board"), "guard": True}
     config = write(tiny_tree, tmp_path)
     result = train(config)
     assert set(result) == {"generation", "users", "examples", "store", "report", "report_html", "seconds", "active"}
@@ -78,6 +78,8 @@ def test_the_job_publishes_an_adapter_for_every_user_and_its_last_line_says_so(t
     assert reader.generation == result["generation"] and result["users"] == reader.users == 60
     assert set(reader.keys()) == {store.key(user) for user in users_of(config)}
     report = json.loads(store.objects.read(f"generations/{result['generation']}/report.json"))
+    left_to_the_population = [adapter for adapter in reader.get_many(reader.keys()).values() if not adapter.record.any()]
+    assert report["users_guarded"] == len(left_to_the_population) < 60 and reader.manifest.adapter_config["fit"]["guard"]
     assert report["users"] == 60 and report["test"]["with_user"]["rows"] == report["rows"]["test"]
     assert report["ceilings"]["without_user"] < report["ceilings"]["with_user"]
     samples, (start,) = report["training"]["samples"], report["training"]["starts"]

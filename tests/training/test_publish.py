@@ -37,6 +37,7 @@ def outcome(users: int) -> WaveOutcome:
     return WaveOutcome(
         examples=np.full(users, 3, np.int32), row_users=np.zeros(0, np.int64), labels=np.zeros(0, np.int64), population=nothing,
         personal=nothing, label_counts=np.ones((users, 2), np.float32), remaining=np.full(users, np.nan, np.float32),
+        guarded=np.zeros(users, bool),
         copied=np.zeros(0, np.int32),
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ def outcome(generator: np.random.Generator, users: int, rows: int, outputs: int)
         examples=examples.astype(np.int32), row_users=np.sort(generator.integers(0, users, rows)), labels=labels,
         population=population, personal=personal, label_counts=counts.astype(np.float32),
         remaining=np.where(generator.random(users) < 0.3, np.nan, generator.random(users)).astype(np.float32),
+        guarded=np.arange(users) % 5 == 0,
         copied=np.zeros(0, np.int32),
     )  # fmt: skip
 
@@ -129,7 +130,7 @@ def test_memory_does_not_grow_with_test_rows() -> None:
         del found
         held[rows], peaks[rows] = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert totals.users == 600
+        assert totals.users == 600 and totals.guarded == 120, "every fifth"
     assert held[30_000] < 2 * held[1_000], "rows are kept after their wave was counted"
     whole = 12 * 30_000 * (2 * 3 * 4 + 2 * 8)  # bytes of all waves' logits, labels and users
     assert peaks[30_000] < whole, "all waves' rows were held at once"
