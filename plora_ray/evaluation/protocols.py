@@ -21,16 +21,20 @@ from numpy.typing import NDArray
 from plora_ray.config import Settings
 from plora_ray.errors import ConfigError, DataError
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, compare
+from plora_ray.evaluation.costs import PredictorCost
+from plora_ray.evaluation.generation_cost import generation_costs
 from plora_ray.evaluation.metrics import Floats, Ints
 from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.report import Evaluation, ProtocolResult, write_report
+from plora_ray.evaluation.rivals.panel import RivalPanel
+from plora_ray.evaluation.rivals.registry import RIVALS, check_installed
 from plora_ray.evaluation.rows import EvaluationRows, encode_labels, read_rows
 from plora_ray.evaluation.scoring import TextScorer, predictions
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, LoadedGeneration, load_generation
 from plora_ray.opening import open_store
 
 PROTOCOLS = ("full", "few", "zero")
-BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION)
+BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION, *RIVALS)
 SHOTS = (1, 2, 4, 8, 16)
 _SEEN: dict[str, tuple[str, int | None]] = {"full": (WITH_USER, None), "zero": (POPULATION, 0)}  # subject; examples of each user seen
 USERS_PER_FIT = 64  # fitted together: 64 x 16 Jacobians of a few kilobytes each
@@ -39,13 +43,14 @@ USERS_PER_FIT = 64  # fitted together: 64 x 16 Jacobians of a few kilobytes each
 def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out: Path) -> dict[str, Any]:
     """Evaluate the store's current generation on `settings.data`; write report.json, report.html and plots into `out`.
 
-    Returns what report.json holds. protocol: full, few, zero or all. baselines: any of BASELINES; the population is always
-    reported, since gains are measured against it. A protocol without test rows is reported as skipped.
+    Returns what report.json holds. protocol: full, few, zero or all. baselines: any of BASELINES, of which RIVALS are trained first; the
+    population is always reported, since gains are measured against it. A protocol without test rows is reported as skipped.
     Raises ConfigError for unknown names, DataError if nothing could be evaluated, StoreError and ModelError on loading.
     """
     protocols = _chosen_protocols(protocol)
     _check_baselines(baselines)
     _check_folder(out)
+    rivals = [name for name in RIVALS if name in baselines]
     store = open_store(settings.store)
     loaded = load_generation(store)
     if settings.task != loaded.labels.task:
@@ -56,17 +61,19 @@ def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out:
         stages.begin("reading units of data", 0)
         rows = read_rows(
             settings.data, store, loaded.reader, loaded.labels,
-            seed=settings.training.seed, examples_kept=max(SHOTS), on_unit=stages.at,
+            seed=settings.training.seed, examples_kept=max(SHOTS), on_unit=stages.at, keep_training=bool(rivals),
         )  # fmt: skip
         engine = InferenceEngine(loaded, batch_tokens=_batch_tokens(settings, loaded), batch_rows=settings.serving.batch_rows)
         try:
-            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines)
+            panel = RivalPanel(rivals, settings, loaded, rows, stages)
+            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines, panel)
             results = [run.protocol(name) for name in protocols]
+            costs = {**generation_costs(engine, rows), **panel.costs()} if rivals else {}
         finally:
             engine.close()
         if all(result.skipped for result in results):
             raise DataError("nothing to evaluate: " + "; ".join(f"{result.name}: {result.skipped}" for result in results))
-        report = write_report(run.evaluation(results), out)
+        report = write_report(run.evaluation(results, costs), out)
         stages.say(report["verdict"])
         stages.say(f"report: {out / 'report.html'}")
     return report
@@ -84,6 +91,7 @@ def _check_baselines(baselines: Sequence[str]) -> None:
     for name in baselines:
         if name not in BASELINES:
             raise ConfigError(f"unknown baseline {name!r}: use any of {', '.join(BASELINES)}")
+    check_installed(baselines)
 
 
 def _check_folder(out: Path) -> None:
@@ -108,6 +116,7 @@ class _Run:
     scorer: TextScorer
     stages: Stages
     baselines: Sequence[str]
+    panel: RivalPanel
 
     def protocol(self, name: str) -> ProtocolResult:
         """Run one protocol on the test rows it is about."""
@@ -127,7 +136,7 @@ class _Run:
         note = f"No user outside the generation has training rows for {missing} examples"
         return ProtocolResult(name, points, note=note if missing else None)
 
-    def evaluation(self, results: Sequence[ProtocolResult]) -> Evaluation:
+    def evaluation(self, results: Sequence[ProtocolResult], costs: Mapping[str, PredictorCost]) -> Evaluation:
         """The results with what they were measured on."""
         rows, data = self.rows, self.settings.data
         return Evaluation(
@@ -147,6 +156,7 @@ class _Run:
                 "seed": self.settings.training.seed,
             },
             results=tuple(results),
+            costs=costs,
         )
 
     def _full(self, chosen: Ints) -> dict[str, Floats]:
@@ -197,7 +207,7 @@ class _Run:
         labels = self.loaded.labels
         predicted = {} if personal is None else {WITH_USER: predictions(personal, labels)}
         predicted[POPULATION] = predictions(self.scorer.population(self.rows.row_texts[chosen]), labels)
-        return predicted | self._baselines(self.rows.row_users[chosen], examples)
+        return predicted | self.panel.predict(chosen, examples) | self._baselines(self.rows.row_users[chosen], examples)
 
     def _compare(self, predicted: Mapping[str, Floats], chosen: Ints, subject: str, examples: int | None) -> Comparison:
         labels = self.loaded.labels

@@ -15,7 +15,8 @@ from typing import Any
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.comparison import Comparison
-from plora_ray.evaluation.page import INTERVALS, comparison_table, groups_table, page, picture, table
+from plora_ray.evaluation.costs import PredictorCost
+from plora_ray.evaluation.page import INTERVALS, comparison_table, costs_table, groups_table, page, picture, table
 from plora_ray.evaluation.plots import few_shot_curves, gain_histograms
 from plora_ray.evaluation.verdict import verdict
 
@@ -51,13 +52,14 @@ class ProtocolResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything a report says. data: what was measured on, as plain values."""
+    """Everything a report says. data: what was measured on, as plain values. costs: by predictor."""
 
     generation: str
     model: str
     labels: LabelSpace
     data: dict[str, Any]
     results: tuple[ProtocolResult, ...]
+    costs: Mapping[str, PredictorCost] = field(default_factory=dict)
 
     def comparisons(self, protocol: str) -> Sequence[Comparison]:
         """The protocol's comparisons; none if it was skipped or not asked for."""
@@ -75,6 +77,7 @@ class Evaluation:
             "data": self.data,
             "verdict": self.verdict(),
             "protocols": {result.name: result.to_json() for result in self.results},
+            "costs": {name: cost.to_json() for name, cost in self.costs.items()},
         }
 
 
@@ -104,12 +107,14 @@ def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
     """The page, with the plots inside."""
     pictures = {name: picture(name, png) for name, png in plots.items()}
     sections = [_section(result, pictures) for result in evaluation.results]
+    measured = [comparison for result in evaluation.results for comparison in result.comparisons]
+    costs = f"<h2>What the predictors cost</h2>\n{costs_table(evaluation.costs, measured[0])}" if evaluation.costs else ""
     data = table([], [[name.replace("_", " "), _plain(value)] for name, value in evaluation.data.items()])
     return page(
         f"Evaluation of generation {evaluation.generation}",
         evaluation.verdict(),
         f"<p>Model {escape(evaluation.model)}, {escape(evaluation.labels.task)}.</p>",
-        [*sections, f"<h2>Data</h2>\n{data}"],
+        [*sections, costs, f"<h2>Data</h2>\n{data}"],
         f"{INTERVALS} Everybody's labels are those of all training rows in this data.",
     )
 
