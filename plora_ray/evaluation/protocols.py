@@ -9,7 +9,7 @@ Measures the generation itself: adapters fitted online since it was published ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,18 @@ PROTOCOLS = ("full", "few", "zero")
 BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION, *RIVALS)
 SHOTS = (1, 2, 4, 8, 16)
 _SEEN: dict[str, tuple[str, int | None]] = {"full": (WITH_USER, None), "zero": (POPULATION, 0)}  # subject; examples of each user seen
+OnRows = Callable[[str, int | None, Mapping[str, Floats], NDArray[np.number], Ints], None]
 USERS_PER_FIT = 64  # fitted together: 64 x 16 Jacobians of a few kilobytes each
 
 
-def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out: Path) -> dict[str, Any]:
+def evaluate_store(
+    settings: Settings, protocol: str, baselines: list[str], out: Path, on_rows: OnRows | None = None
+) -> dict[str, Any]:
     """Evaluate the store's current generation on `settings.data`; write report.json, report.html and plots into `out`.
 
     Returns what report.json holds. protocol: full, few, zero or all. baselines: any of BASELINES, of which RIVALS are trained first; the
     population is always reported, since gains are measured against it. A protocol without test rows is reported as skipped.
+    on_rows: told of every comparison: its protocol, examples, predictions (see `compare`), labels [rows] and users' numbers [rows].
     Raises ConfigError for unknown names, DataError if nothing could be evaluated, StoreError and ModelError on loading.
     """
     protocols = _chosen_protocols(protocol)
@@ -66,7 +70,7 @@ def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out:
         engine = InferenceEngine(loaded, batch_tokens=_batch_tokens(settings, loaded), batch_rows=settings.serving.batch_rows)
         try:
             panel = RivalPanel(rivals, settings, loaded, rows, stages)
-            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines, panel)
+            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines, panel, on_rows)
             results = [run.protocol(name) for name in protocols]
             costs = {**generation_costs(engine, rows), **panel.costs()} if rivals else {}
         finally:
@@ -117,6 +121,7 @@ class _Run:
     stages: Stages
     baselines: Sequence[str]
     panel: RivalPanel
+    on_rows: OnRows | None = None
 
     def protocol(self, name: str) -> ProtocolResult:
         """Run one protocol on the test rows it is about."""
@@ -128,6 +133,7 @@ class _Run:
             return ProtocolResult(name, skipped=reason)
         if name in ("full", "zero"):
             predicted, seen = self._full(chosen) if name == "full" else self._zero(chosen), _SEEN[name]
+            self._tell(name, seen[1], predicted, chosen)
             return ProtocolResult(name, (self._compare(predicted, chosen, *seen),), groups=self._groups(predicted, chosen, *seen))
         points = tuple(point for shots in SHOTS if (point := self._few(chosen, shots)))
         if not points:
@@ -188,7 +194,9 @@ class _Run:
         chosen = chosen[np.isin(self.rows.row_users[chosen], ready)]
         places = np.searchsorted(ready, self.rows.row_users[chosen])
         personal = self.scorer.personal(f"rows after {_examples(shots)}", self.rows.row_texts[chosen], vectors[places])
-        return self._compare(self._predicted(personal, chosen, shots), chosen, WITH_USER, shots)
+        predicted = self._predicted(personal, chosen, shots)
+        self._tell("few", shots, predicted, chosen)
+        return self._compare(predicted, chosen, WITH_USER, shots)
 
     def _fit(self, users: Sequence[int], shots: int) -> NDArray[np.float32]:
         """Vectors [users, d] fitted on the first `shots` examples of each."""
@@ -208,6 +216,10 @@ class _Run:
         predicted = {} if personal is None else {WITH_USER: predictions(personal, labels)}
         predicted[POPULATION] = predictions(self.scorer.population(self.rows.row_texts[chosen]), labels)
         return predicted | self.panel.predict(chosen, examples) | self._baselines(self.rows.row_users[chosen], examples)
+
+    def _tell(self, protocol: str, examples: int | None, predicted: Mapping[str, Floats], chosen: Ints) -> None:
+        if self.on_rows is not None:
+            self.on_rows(protocol, examples, predicted, self.rows.labels[chosen], self.rows.row_users[chosen])
 
     def _compare(self, predicted: Mapping[str, Floats], chosen: Ints, subject: str, examples: int | None) -> Comparison:
         labels = self.loaded.labels

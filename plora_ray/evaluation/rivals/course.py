@@ -51,7 +51,7 @@ class Course:
         """Minimise `loss_of(places of a batch)` over rows of `lengths` tokens. Raises ModelError if the loss is no number any more."""
         trained = list(parameters)
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
-        budget = max(self.batch_tokens, *lengths)
+        budget = max([self.batch_tokens, *lengths])
         torch.manual_seed(self.seed)
         batches = [
             batch
@@ -79,7 +79,7 @@ def answers(
     """Logits [rows, outputs] of `forward(input_ids, attention_mask, places)`, in batches of rows of like length."""
     lengths = [len(row) for row in ids]
     parts: dict[int, NDArray[np.float32]] = {}
-    for places in token_budget_batches(np.array(lengths), max(batch_tokens, *lengths, 0), batch_rows, shuffle_seed=None):
+    for places in token_budget_batches(np.array(lengths), max([batch_tokens, *lengths]), batch_rows, shuffle_seed=None):
         logits = forward(*pad([ids[place] for place in places], pad_id), places).float().cpu().numpy()
         parts |= dict(zip(places.tolist(), logits, strict=True))
     return np.stack([parts[place] for place in range(len(ids))])
