@@ -2,9 +2,10 @@
 
     python -m benchmarks.quality ../shared/data/crehate_en.parquet --out var/quality/crehate --seeds 0,1,2
 
-A sample of users: those of cohort a are known, those of cohort b come afterwards (a file without cohorts is divided by chance). For each seed
-the job trains a generation and `plora evaluate` fits every rival on the same rows. Seeds change how everything is initialised and in
-which order rows come; users and rows stay. What a seed has predicted is kept in --out, so that an interrupted run goes on; the table is over all seeds.
+A sample of users: those of cohort a are known, those of cohort b come afterwards (a file without cohorts is divided by chance). For
+each seed the job trains a generation, and `plora evaluate` fits every rival on the same rows. Seeds change how everything is
+initialised and in which order rows come; users and rows stay. What a seed has predicted is kept in --out, so that an interrupted run
+goes on; the table is over all seeds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from plora_ray.evaluation.protocols import evaluate_store
 from plora_ray.evaluation.rivals.registry import RIVALS
 
 TEXTLESS = ["majority", "label-prior"]
+SHOTS = (4, 16)
 
 
 def main(
@@ -88,7 +90,8 @@ def draw(
     chance = np.random.default_rng(0)
     if "cohort" not in rows:
         names = rows["user_id"].unique()
-        rows = rows.assign(cohort=rows["user_id"].map(dict(zip(names, chance.choice(["a", "b"], len(names), p=[2 / 3, 1 / 3]), strict=True))))
+        cohorts = chance.choice(["a", "b"], len(names), p=[2 / 3, 1 / 3])
+        rows = rows.assign(cohort=rows["user_id"].map(dict(zip(names, cohorts, strict=True))))
     rows = rows.sample(frac=1, random_state=0)
     rows = rows[rows.groupby(["user_id", "split"]).cumcount() < most]
     count = rows.groupby(["user_id", "split"]).size().unstack(fill_value=0)
@@ -126,7 +129,7 @@ def one_seed(values: dict[str, Any], rivals: list[str], out: Path) -> dict[str, 
     def keep(protocol: str, examples: int | None, predicted: Mapping[str, Floats], labels: Any, owners: Ints) -> None:
         points.append(Point(protocol, examples, dict(predicted), np.asarray(labels), owners).to_json())
 
-    report = evaluate_store(parse_settings(values), "all", [*TEXTLESS, *rivals], out, on_rows=keep)
+    report = evaluate_store(parse_settings(values), "all", [*TEXTLESS, *rivals], out, on_rows=keep, shots=SHOTS)
     seconds = {"training": round(trained - began, 1), "evaluation": round(time.monotonic() - trained, 1)}
     return {"points": points, "costs": report["costs"], "seconds": seconds}
 

@@ -12,7 +12,6 @@ from plora_ray.evaluation.comparison import POPULATION, compare
 from plora_ray.evaluation.metrics import Floats, Ints, row_nll
 from plora_ray.evaluation.user_gains import UserGains
 
-SHOWN_EXAMPLES = (None, 0, 4, 16)
 SUBJECTS = {"full": "with_user", "few": "with_user", "zero": POPULATION}
 
 
@@ -47,8 +46,6 @@ def lines_of(runs: Sequence[Sequence[Point]], costs: Sequence[dict[str, Any]]) -
     """One line a protocol and predictor. Seeds are pooled; intervals and p by users as a whole, so that a user's seeds count as one."""
     lines = []
     for first in runs[0]:
-        if first.examples not in SHOWN_EXAMPLES:
-            continue
         points = [next(point for point in run if (point.protocol, point.examples) == (first.protocol, first.examples)) for run in runs]
         predicted = {name: np.concatenate([point.predicted[name] for point in points]) for name in first.predicted}
         labels, users = (np.concatenate([getattr(point, what) for point in points]) for what in ("labels", "users"))

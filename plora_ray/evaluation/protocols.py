@@ -42,13 +42,14 @@ USERS_PER_FIT = 64  # fitted together: 64 x 16 Jacobians of a few kilobytes each
 
 
 def evaluate_store(
-    settings: Settings, protocol: str, baselines: list[str], out: Path, on_rows: OnRows | None = None
+    settings: Settings, protocol: str, baselines: list[str], out: Path, on_rows: OnRows | None = None, shots: Sequence[int] = SHOTS
 ) -> dict[str, Any]:
     """Evaluate the store's current generation on `settings.data`; write report.json, report.html and plots into `out`.
 
     Returns what report.json holds. protocol: full, few, zero or all. baselines: any of BASELINES, of which RIVALS are trained first; the
     population is always reported, since gains are measured against it. A protocol without test rows is reported as skipped.
     on_rows: told of every comparison: its protocol, examples, predictions (see `compare`), labels [rows] and users' numbers [rows].
+    shots: numbers of examples that `few` asks about.
     Raises ConfigError for unknown names, DataError if nothing could be evaluated, StoreError and ModelError on loading.
     """
     protocols = _chosen_protocols(protocol)
@@ -65,12 +66,12 @@ def evaluate_store(
         stages.begin("reading units of data", 0)
         rows = read_rows(
             settings.data, store, loaded.reader, loaded.labels,
-            seed=settings.training.seed, examples_kept=max(SHOTS), on_unit=stages.at, keep_training=bool(rivals),
+            seed=settings.training.seed, examples_kept=max(shots), on_unit=stages.at, keep_training=bool(rivals),
         )  # fmt: skip
         engine = InferenceEngine(loaded, batch_tokens=_batch_tokens(settings, loaded), batch_rows=settings.serving.batch_rows)
         try:
             panel = RivalPanel(rivals, settings, loaded, rows, stages)
-            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines, panel, on_rows)
+            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines, panel, shots, on_rows)
             results = [run.protocol(name) for name in protocols]
             costs = {**generation_costs(engine, rows), **panel.costs()} if rivals else {}
         finally:
@@ -121,6 +122,7 @@ class _Run:
     stages: Stages
     baselines: Sequence[str]
     panel: RivalPanel
+    shots: Sequence[int]
     on_rows: OnRows | None = None
 
     def protocol(self, name: str) -> ProtocolResult:
@@ -135,10 +137,10 @@ class _Run:
             predicted, seen = self._full(chosen) if name == "full" else self._zero(chosen), _SEEN[name]
             self._tell(name, seen[1], predicted, chosen)
             return ProtocolResult(name, (self._compare(predicted, chosen, *seen),), groups=self._groups(predicted, chosen, *seen))
-        points = tuple(point for shots in SHOTS if (point := self._few(chosen, shots)))
+        points = tuple(point for shots in self.shots if (point := self._few(chosen, shots)))
         if not points:
             return ProtocolResult(name, skipped="the users outside the generation who have test rows have no training rows")
-        missing = ", ".join(str(shots) for shots in SHOTS if shots > (points[-1].examples or 0))
+        missing = ", ".join(str(shots) for shots in self.shots if shots > (points[-1].examples or 0))
         note = f"No user outside the generation has training rows for {missing} examples"
         return ProtocolResult(name, points, note=note if missing else None)
 

@@ -30,7 +30,7 @@ class RivalPanel:
             return
         if rows.training is None or not len(rows.training.users):
             raise DataError(f"baseline {names[0]} needs training rows of users in the generation, and the data has none")
-        self._rivals = build_rivals(names, _setup(settings, loaded, rows))
+        self._rivals = build_rivals(names, setup_of(settings, loaded, rows))
         for name, rival in self._rivals.items():
             stages.begin(f"training {name}", 0)
             rival.fit(rows.training, stages.advance)
@@ -66,11 +66,12 @@ class RivalPanel:
         return LabelledTexts.of_rows([(int(user), *example) for user in np.unique(users) for example in own.get(int(user), ())[:count]])
 
 
-def _setup(settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows) -> RivalSetup:
+def setup_of(settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows) -> RivalSetup:
+    """What rivals of a generation are built from."""
     tokenizer, spec = loaded.tokenizer, loaded.model.spec
     special = set(tokenizer.all_special_ids)
-    sample = loaded.encode(["a"])[0]
-    leading = next((place for place, token in enumerate(sample) if token not in special), 0)
+    framing = special - {tokenizer.unk_token_id}
+    leading = next((place for place, token in enumerate(loaded.encode(["a"])[0]) if token not in framing), 0)
     return RivalSetup(
         settings=settings,
         spec=spec,
