@@ -34,7 +34,7 @@ from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, Loaded
 from plora_ray.opening import open_store
 
 PROTOCOLS = ("full", "few", "zero")
-BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION, *RIVALS)
+BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION)
 SHOTS = (1, 2, 4, 8, 16)
 _SEEN: dict[str, tuple[str, int | None]] = {"full": (WITH_USER, None), "zero": (POPULATION, 0)}  # subject; examples of each user seen
 OnRows = Callable[[str, int | None, Mapping[str, Floats], NDArray[np.number], Ints], None]
@@ -46,8 +46,8 @@ def evaluate_store(
 ) -> dict[str, Any]:
     """Evaluate the store's current generation on `settings.data`; write report.json, report.html and plots into `out`.
 
-    Returns what report.json holds. protocol: full, few, zero or all. baselines: any of BASELINES, of which RIVALS are trained first; the
-    population is always reported, since gains are measured against it. A protocol without test rows is reported as skipped.
+    Returns what report.json holds. protocol: full, few, zero or all. baselines: any of BASELINES and of RIVALS, which are trained first;
+    the population is always reported, since gains are measured against it. A protocol without test rows is reported as skipped.
     on_rows: told of every comparison: its protocol, examples, predictions (see `compare`), labels [rows] and users' numbers [rows].
     shots: numbers of examples that `few` asks about.
     Raises ConfigError for unknown names, DataError if nothing could be evaluated, StoreError and ModelError on loading.
@@ -94,8 +94,8 @@ def _chosen_protocols(protocol: str) -> Sequence[str]:
 
 def _check_baselines(baselines: Sequence[str]) -> None:
     for name in baselines:
-        if name not in BASELINES:
-            raise ConfigError(f"unknown baseline {name!r}: use any of {', '.join(BASELINES)}")
+        if name not in (*BASELINES, *RIVALS):
+            raise ConfigError(f"unknown baseline {name!r}: use any of {', '.join((*BASELINES, *RIVALS))}")
     check_installed(baselines)
 
 

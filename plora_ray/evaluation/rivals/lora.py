@@ -75,7 +75,7 @@ class LoraPerUser:
         needed = len(users) * self.size().per_user * 4 / 2**30
         if needed > MOST_GIB:
             raise ConfigError(f"lora-per-user would keep {needed:.0f} GiB of adapters: evaluate fewer users (data.filter) or leave it out")
-        self._population.fit(rows, advance)
+        self._population.fit(rows, lambda _: None)  # counted as a baseline of its own, where it is one
         self._everybody = self._taken()
         self._own = {int(user): self._fitted(rows.of(user), self._setup.course.epochs, advance) for user in users}
 

@@ -32,7 +32,7 @@ class RivalPanel:
             raise DataError(f"baseline {names[0]} needs training rows of users in the generation, and the data has none")
         self._rivals = build_rivals(names, setup_of(settings, loaded, rows))
         for name, rival in self._rivals.items():
-            stages.begin(f"training {name}", 0)
+            stages.begin(f"training {name}", len(rows.training.texts) * settings.training.epochs)
             rival.fit(rows.training, stages.advance)
 
     def predict(self, chosen: Ints, examples: int | None) -> dict[str, Floats]:
