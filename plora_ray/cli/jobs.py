@@ -80,7 +80,9 @@ def predict(
 def evaluate(
     config: ConfigOption,
     protocol: Annotated[str, typer.Option(help="full, few, zero, time or all.")] = "all",
-    baselines: Annotated[str, typer.Option(help="Comma-separated: majority, label-prior, population.")] = "majority,label-prior,population",
+    baselines: Annotated[
+        str, typer.Option(help="Comma-separated: majority, label-prior, population, and those that are trained (docs/evaluate.md).")
+    ] = "majority,label-prior,population",
     out: Annotated[Path, typer.Option(help="Directory for report.json, report.html and plots.")] = Path("var/report"),
     overrides: SetOption = None,
 ) -> None:

@@ -11,12 +11,22 @@ from html import escape
 
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval, PredictorScores
 from plora_ray.evaluation.costs import COST, COST_OF_LIKELIEST
+from plora_ray.evaluation.metrics import as_json
+from plora_ray.evaluation.predictor_cost import PredictorCost
 
 PREDICTORS = {
     WITH_USER: "with user",
     POPULATION: "without user (population)",
     LABEL_PRIOR: "the user's own labels, no text",
     MAJORITY: "everybody's labels, no text",
+    "population-lora": "PEFT LoRA for everybody",
+    "lora-per-user": "PEFT LoRA for each user",
+    "user-identifier-ia3": "user as text, IA3",
+    "user-identifier-bitfit": "user as text, BitFit",
+    "user-identifier-prefix": "user as text, prefix tuning",
+    "plora-released": "PLoRA as released",
+    "plora-end-to-end": "PLoRA end to end, our rates",
+    "shuffled-users": "ours, users shuffled",
 }
 METRICS = {
     "accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "brier": "Brier", "ece": "ECE", "mse": "MSE", "rmse": "RMSE",
@@ -73,6 +83,25 @@ def comparison_table(comparison: Comparison) -> str:
     shots = f"{comparison.examples} example{'' if comparison.examples == 1 else 's'} a user: " if comparison.examples else ""
     header, body = "".join(f"<th>{cell}</th>" for cell in head), "".join(lines)
     return f"<p>{shots}{comparison.rows:,} test rows of {comparison.users:,} users</p>\n<table><tr>{header}</tr>{body}</table>"
+
+
+def costs_table(costs: Mapping[str, PredictorCost], comparison: Comparison) -> str:
+    """Predictors down; what each reaches on the rows of `comparison`, its parameters, bytes and the time of a request."""
+    metrics = list(comparison.predictors[comparison.subject].intervals)
+    head = ["", *(METRICS[name] for name in metrics), "parameters a user", "parameters in all", "stored MB", "ms a text, alone"]
+    rows = []
+    for name, title in PREDICTORS.items():
+        if name in costs and name in comparison.predictors:
+            cost, scores = costs[name], as_json(comparison.predictors[name].scores)
+            reached = [f"{scores[metric]:.4f}" for metric in metrics]
+            numbers = [
+                f"{cost.per_user:,}",
+                f"{cost.in_all:,}",
+                f"{cost.stored_bytes / 1e6:,.2f}",
+                f"{1000 * cost.seconds_per_request:.1f}",
+            ]
+            rows.append([title, *reached, *numbers])
+    return table(head, rows)
 
 
 def groups_table(groups: Mapping[str, Comparison]) -> str:

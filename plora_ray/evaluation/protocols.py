@@ -10,7 +10,7 @@ Measures the generation itself: adapters fitted online since it was published ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +25,14 @@ from plora_ray.errors import ConfigError, DataError
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, compare
 from plora_ray.evaluation.cost_page import CostPage
 from plora_ray.evaluation.costs import Costs
+from plora_ray.evaluation.generation_cost import generation_costs
 from plora_ray.evaluation.metrics import Floats, Ints
 from plora_ray.evaluation.periods import drift, in_parts
+from plora_ray.evaluation.predictor_cost import PredictorCost
 from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.report import Evaluation, ProtocolResult, write_report
+from plora_ray.evaluation.rivals.panel import RivalPanel
+from plora_ray.evaluation.rivals.registry import RIVALS, check_installed
 from plora_ray.evaluation.rows import EvaluationRows, encode_labels, read_rows
 from plora_ray.evaluation.scoring import TextScorer, predictions
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, LoadedGeneration, load_generation
@@ -39,19 +43,26 @@ PROTOCOLS = ("full", "few", "zero", "time")
 BASELINES = (MAJORITY, LABEL_PRIOR, POPULATION)
 SHOTS = (1, 2, 4, 8, 16)
 _SEEN: dict[str, tuple[str, int | None]] = {"full": (WITH_USER, None), "zero": (POPULATION, 0)}  # subject; examples of each user seen
+OnRows = Callable[[str, int | None, Mapping[str, Floats], NDArray[np.number], Ints], None]
 USERS_PER_FIT = 64  # fitted together: 64 x 16 Jacobians of a few kilobytes each
 
 
-def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out: Path) -> dict[str, Any]:
+def evaluate_store(
+    settings: Settings, protocol: str, baselines: list[str], out: Path, on_rows: OnRows | None = None, shots: Sequence[int] = SHOTS
+) -> dict[str, Any]:
     """Evaluate the store's current generation on `settings.data`; write report.json, report.html and plots into `out`.
 
     Returns what report.json holds. protocol: one of PROTOCOLS, or all (time among them with data.split_times). baselines: any of
-    BASELINES; the population is always reported, since gains are measured against it. A protocol without test rows is reported as
-    skipped. Raises ConfigError for unknown names, DataError if nothing could be evaluated, StoreError and ModelError on loading.
+    BASELINES and of RIVALS, which are trained first; the population is always reported, since gains are measured against it. A protocol
+    without test rows is reported as skipped.
+    on_rows: told of every comparison: its protocol, examples, predictions (see `compare`), labels [rows] and users' numbers [rows].
+    shots: numbers of examples that `few` asks about.
+    Raises ConfigError for unknown names, DataError if nothing could be evaluated, StoreError and ModelError on loading.
     """
     protocols = _chosen_protocols(protocol, dated=settings.data.split_times is not None)
     _check_baselines(baselines)
     _check_folder(out)
+    rivals = [name for name in RIVALS if name in baselines]
     store = open_store(settings.store)
     loaded = load_generation(store)
     if settings.task != loaded.labels.task:
@@ -59,24 +70,27 @@ def evaluate_store(settings: Settings, protocol: str, baselines: list[str], out:
     if settings.evaluation.prices is not None:
         load_prices(settings.evaluation.prices)  # wrong ones are told of now, not after the work
     given = settings.evaluation.cost_matrix
-    costs = Costs.of(given, loaded.labels) if given is not None else None
+    error_costs = Costs.of(given, loaded.labels) if given is not None else None
     if settings.training.use_gpu is not False and torch.cuda.is_available():
         loaded.model.to("cuda")
     with Stages() as stages:
         stages.begin("reading units of data", 0)
         rows = read_rows(
             settings.data, store, loaded.reader, loaded.labels,
-            seed=settings.training.seed, examples_kept=max(SHOTS), on_unit=stages.at,
+            seed=settings.training.seed, examples_kept=max(shots), on_unit=stages.at, keep_training=bool(rivals),
         )  # fmt: skip
         engine = InferenceEngine(loaded, batch_tokens=_batch_tokens(settings, loaded), batch_rows=settings.serving.batch_rows)
         try:
-            run = _Run(settings, loaded, rows, TextScorer(engine, rows.texts, stages), stages, baselines, costs)
+            panel = RivalPanel(rivals, settings, loaded, rows, stages)
+            scorer = TextScorer(engine, rows.texts, stages)
+            run = _Run(settings, loaded, rows, scorer, stages, baselines, error_costs, panel, shots, on_rows)
             results = [run.protocol(name) for name in protocols]
+            predictor_costs = {**generation_costs(engine, rows), **panel.costs()} if rivals else {}
         finally:
             engine.close()
         if all(result.skipped for result in results):
             raise DataError("nothing to evaluate: " + "; ".join(f"{result.name}: {result.skipped}" for result in results))
-        report = write_report(run.evaluation(results), out)
+        report = write_report(run.evaluation(results, predictor_costs), out)
         stages.say(report["verdict"])
         stages.say(f"report: {out / 'report.html'}")
     return report
@@ -94,8 +108,9 @@ def _chosen_protocols(protocol: str, *, dated: bool) -> Sequence[str]:
 
 def _check_baselines(baselines: Sequence[str]) -> None:
     for name in baselines:
-        if name not in BASELINES:
-            raise ConfigError(f"unknown baseline {name!r}: use any of {', '.join(BASELINES)}")
+        if name not in (*BASELINES, *RIVALS):
+            raise ConfigError(f"unknown baseline {name!r}: use any of {', '.join((*BASELINES, *RIVALS))}")
+    check_installed(baselines)
 
 
 def _check_folder(out: Path) -> None:
@@ -121,6 +136,9 @@ class _Run:
     stages: Stages
     baselines: Sequence[str]
     costs: Costs | None
+    panel: RivalPanel
+    shots: Sequence[int]
+    on_rows: OnRows | None = None
 
     def protocol(self, name: str) -> ProtocolResult:
         """Run one protocol on the test rows it is about."""
@@ -135,15 +153,16 @@ class _Run:
             return ProtocolResult(name, (self._compare(self._with_user, chosen, WITH_USER, None),), note=drift(periods), periods=periods)
         if name in ("full", "zero"):
             predicted, seen = self._with_user if name == "full" else self._zero(chosen), _SEEN[name]
+            self._tell(name, seen[1], predicted, chosen)
             return ProtocolResult(name, (self._compare(predicted, chosen, *seen),), groups=self._groups(predicted, chosen, *seen))
-        points = tuple(point for shots in SHOTS if (point := self._few(chosen, shots)))
+        points = tuple(point for shots in self.shots if (point := self._few(chosen, shots)))
         if not points:
             return ProtocolResult(name, skipped="the users outside the generation who have test rows have no training rows")
-        missing = ", ".join(str(shots) for shots in SHOTS if shots > (points[-1].examples or 0))
+        missing = ", ".join(str(shots) for shots in self.shots if shots > (points[-1].examples or 0))
         note = f"No user outside the generation has training rows for {missing} examples"
         return ProtocolResult(name, points, note=note if missing else None)
 
-    def evaluation(self, results: Sequence[ProtocolResult]) -> Evaluation:
+    def evaluation(self, results: Sequence[ProtocolResult], predictor_costs: Mapping[str, PredictorCost]) -> Evaluation:
         """The results with what they were measured on."""
         rows, data = self.rows, self.settings.data
         return Evaluation(
@@ -167,6 +186,7 @@ class _Run:
                 self.loaded.model, self.settings.evaluation, tokens=self.scorer.mean_tokens,
                 rows_per_user=rows.train_rows / max(len(rows.keys), 1),
             ),
+            predictor_costs=predictor_costs,
         )  # fmt: skip
 
     @cached_property
@@ -210,7 +230,9 @@ class _Run:
         chosen = chosen[np.isin(self.rows.row_users[chosen], ready)]
         places = np.searchsorted(ready, self.rows.row_users[chosen])
         personal = self.scorer.personal(f"rows after {_examples(shots)}", self.rows.row_texts[chosen], vectors[places])
-        return self._compare(self._predicted(personal, chosen, shots), chosen, WITH_USER, shots)
+        predicted = self._predicted(personal, chosen, shots)
+        self._tell("few", shots, predicted, chosen)
+        return self._compare(predicted, chosen, WITH_USER, shots)
 
     def _fit(self, users: Sequence[int], shots: int) -> NDArray[np.float32]:
         """Vectors [users, d] fitted on the first `shots` examples of each."""
@@ -229,7 +251,11 @@ class _Run:
         labels = self.loaded.labels
         predicted = {} if personal is None else {WITH_USER: predictions(personal, labels)}
         predicted[POPULATION] = predictions(self.scorer.population(self.rows.row_texts[chosen]), labels)
-        return predicted | self._baselines(self.rows.row_users[chosen], examples)
+        return predicted | self.panel.predict(chosen, examples) | self._baselines(self.rows.row_users[chosen], examples)
+
+    def _tell(self, protocol: str, examples: int | None, predicted: Mapping[str, Floats], chosen: Ints) -> None:
+        if self.on_rows is not None:
+            self.on_rows(protocol, examples, predicted, self.rows.labels[chosen], self.rows.row_users[chosen])
 
     def _compare(self, predicted: Mapping[str, Floats], chosen: Ints, subject: str, examples: int | None) -> Comparison:
         labels = self.loaded.labels

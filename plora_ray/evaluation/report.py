@@ -16,8 +16,9 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.comparison import Comparison
 from plora_ray.evaluation.cost_page import CostPage
-from plora_ray.evaluation.page import INTERVALS, comparison_table, groups_table, page, picture, table
+from plora_ray.evaluation.page import INTERVALS, comparison_table, costs_table, groups_table, page, picture, table
 from plora_ray.evaluation.plots import few_shot_curves, gain_histograms, gain_over_time
+from plora_ray.evaluation.predictor_cost import PredictorCost
 from plora_ray.evaluation.verdict import verdict
 
 GAIN_PLOT, FEW_PLOT, TIME_PLOT = "gain_per_user.png", "few_shot.png", "gain_over_time.png"
@@ -55,7 +56,10 @@ class ProtocolResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything a report says. data: what was measured on, as plain values. costs: of a million users, if there are prices."""
+    """Everything a report says. data: what was measured on, as plain values. costs: of a million users, if there are prices.
+
+    predictor_costs: by predictor, if any of them was trained.
+    """
 
     generation: str
     model: str
@@ -63,6 +67,7 @@ class Evaluation:
     data: dict[str, Any]
     results: tuple[ProtocolResult, ...]
     costs: CostPage | None = None
+    predictor_costs: Mapping[str, PredictorCost] = field(default_factory=dict)
 
     def comparisons(self, protocol: str) -> Sequence[Comparison]:
         """The protocol's comparisons; none if it was skipped or not asked for."""
@@ -81,6 +86,7 @@ class Evaluation:
             "verdict": self.verdict(),
             "protocols": {result.name: result.to_json() for result in self.results},
             **({"costs": self.costs.to_json()} if self.costs else {}),
+            "predictor_costs": {name: cost.to_json() for name, cost in self.predictor_costs.items()},
         }
 
 
@@ -112,12 +118,15 @@ def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
     """The page, with the plots inside."""
     pictures = {name: picture(name, png) for name, png in plots.items()}
     sections = [_section(result, pictures) for result in evaluation.results]
+    measured = [comparison for result in evaluation.results for comparison in result.comparisons]
+    trained = evaluation.predictor_costs
+    spent = f"<h2>What the predictors cost</h2>\n{costs_table(trained, measured[0])}" if trained else ""
     data = table([], [[name.replace("_", " "), _plain(value)] for name, value in evaluation.data.items()])
     return page(
         f"Evaluation of generation {evaluation.generation}",
         evaluation.verdict(),
         f"<p>Model {escape(evaluation.model)}, {escape(evaluation.labels.task)}.</p>",
-        [*sections, *([evaluation.costs.to_html()] if evaluation.costs else []), f"<h2>Data</h2>\n{data}"],
+        [*sections, spent, *([evaluation.costs.to_html()] if evaluation.costs else []), f"<h2>Data</h2>\n{data}"],
         f"{INTERVALS} Everybody's labels are those of all training rows in this data.",
     )
 

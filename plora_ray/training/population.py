@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from plora_ray.adapters.schedule import learning_rate_factor
 from plora_ray.config import TrainingSettings
 from plora_ray.data.batches import token_budget_batches
 from plora_ray.errors import PloraError
@@ -110,7 +111,7 @@ class PopulationStage:
         for rows, real, passes in self.trainer.lockstep(batches, np.empty(0, np.int64), collective=True):
             if steps_in_all < 0:
                 steps_in_all = max(step + passes, passes * self.settings.epochs)
-            factor = self._learning_rate_factor(step, steps_in_all)
+            factor = learning_rate_factor(step, steps_in_all, self.settings.warmup_fraction)
             loss = self._step(rows, factor)
             step += 1
             since.count, since.rows = since.count + 1, since.rows + len(rows)
@@ -131,13 +132,6 @@ class PopulationStage:
         rate, seconds = self.settings.learning_rate * factor, time.monotonic() - since.began
         self.on_steps(StepsDone(step, steps_in_all, since.count, mean, rate, since.rows, seconds))
         return _SinceReport()
-
-    def _learning_rate_factor(self, step: int, steps_in_all: int) -> float:
-        """Linear warm-up, then linear decay to a tenth."""
-        warmup = max(1, round(self.settings.warmup_fraction * steps_in_all))
-        if step < warmup:
-            return (step + 1) / warmup
-        return 1.0 - 0.9 * min(1.0, (step - warmup) / max(1, steps_in_all - warmup))
 
     def _step(self, rows: np.ndarray, factor: float) -> Tensor:
         batch = self.rows.batch(rows, self.trainer.device)

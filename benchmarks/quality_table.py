@@ -1,0 +1,113 @@
+"""Predictions of several seeds as one table: every predictor's figures with intervals over users, and what ours gains over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from plora_ray.evaluation.comparison import POPULATION, compare
+from plora_ray.evaluation.metrics import Floats, Ints, row_nll
+from plora_ray.evaluation.user_gains import UserGains
+
+SUBJECTS = {"full": "with_user", "few": "with_user", "zero": POPULATION}
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One seed's predictions on one protocol's rows: log-probabilities [rows, classes] by predictor, labels and users [rows]."""
+
+    protocol: str
+    examples: int | None
+    predicted: dict[str, Floats]
+    labels: Ints
+    users: Ints
+
+    def to_json(self) -> dict[str, Any]:
+        predicted = {name: np.round(values, 5).tolist() for name, values in self.predicted.items()}
+        return {**vars(self), "predicted": predicted, "labels": self.labels.tolist(), "users": self.users.tolist()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Point:
+        predicted = {name: np.array(found) for name, found in values["predicted"].items()}
+        return cls(values["protocol"], values["examples"], predicted, np.array(values["labels"]), np.array(values["users"]))
+
+    def harmed(self, name: str) -> float | None:
+        """Share of users who lose by predictor `name` against the population beyond noise, of those with rows enough to tell."""
+        gains = row_nll(self.predicted[POPULATION], self.labels) - row_nll(self.predicted[name], self.labels)
+        _, places = np.unique(self.users, return_inverse=True)
+        judged = UserGains.of(np.bincount(places, gains), np.bincount(places, gains**2), np.bincount(places))
+        return judged.harmed if judged.judged else None
+
+
+def lines_of(runs: Sequence[Sequence[Point]], costs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line a protocol and predictor. Seeds are pooled; intervals and p by users as a whole, so that a user's seeds count as one."""
+    lines = []
+    for first in runs[0]:
+        points = [next(point for point in run if (point.protocol, point.examples) == (first.protocol, first.examples)) for run in runs]
+        predicted = {name: np.concatenate([point.predicted[name] for point in points]) for name in first.predicted}
+        labels, users = (np.concatenate([getattr(point, what) for point in points]) for what in ("labels", "users"))
+        subject = SUBJECTS[first.protocol]
+        found = compare(subject, predicted, labels, users, "classification")
+        for name, scores in found.predictors.items():
+            gain = found.gains[name]["nll"] if name != subject else None
+            harmed = [value for point in points if (value := point.harmed(name)) is not None] if name != POPULATION else []
+            of_seeds = [row_nll(point.predicted[name], point.labels).mean() for point in points]
+            lines.append({
+                "protocol": first.protocol, "examples": first.examples, "predictor": name, "seeds": len(points),
+                "users": found.users, "rows": len(first.labels),
+                "accuracy": scores.intervals["accuracy"].to_json(), "nll": scores.intervals["nll"].to_json(),
+                "nll_of_seeds": [round(float(value), 5) for value in of_seeds],
+                "macro_f1": macro_f1(predicted[name].argmax(1), labels, users),
+                "gain": None if gain is None else gain.to_json(),
+                "harmed": round(float(np.mean(harmed)), 4) if harmed else None,
+                "cost": costs[0].get(name), "ms": _milliseconds(costs, name),
+            })  # fmt: skip
+    return lines
+
+
+def macro_f1(answers: Ints, labels: Ints, users: Ints, draws: int = 1000) -> dict[str, float]:
+    """Mean of the classes' F1, with a 95 % interval over whole users drawn again."""
+    names, places = np.unique(users, return_inverse=True)
+    classes = np.unique(labels)
+    counts = np.zeros((3, len(names), len(classes)))  # right, answered, true; [users, classes]
+    for column, value in enumerate(classes):
+        hit = (answers == value, labels == value)
+        for place, rows in enumerate((hit[0] & hit[1], *hit)):
+            counts[place, :, column] = np.bincount(places, rows, len(names))
+    weights = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+    weights = np.vstack([np.ones(len(names)), weights])
+    right, answered, true = (weights @ part for part in counts)  # [draws, classes]
+    scores = (2 * right / np.maximum(answered + true, 1)).mean(axis=1)
+    low, high = np.percentile(scores[1:], [2.5, 97.5])
+    return {"mean": round(float(scores[0]), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
+
+
+def _milliseconds(costs: Sequence[dict[str, Any]], name: str) -> float | None:
+    times = [cost[name]["seconds_per_request"] for cost in costs if name in cost]
+    return round(1000 * float(np.median(times)), 2) if times else None
+
+
+def markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """A table a protocol."""
+    parts = []
+    for point in dict.fromkeys((line["protocol"], line["examples"]) for line in lines):
+        mine = [line for line in lines if (line["protocol"], line["examples"]) == point]
+        title = f"{point[0]}-shot" + (f", {point[1]} examples" if point[1] else "")
+        parts.append(f"\n{title}: {mine[0]['users']} users, {mine[0]['rows']} test rows, {mine[0]['seeds']} seeds\n")
+        parts.append("| predictor | NLL | accuracy | macro F1 | ours gains, NLL | p | harmed | parameters a user | in all | ms a text |")
+        parts.append("|---|---|---|---|---|---|---|---|---|---|")
+        for line in mine:
+            cost, gain = line["cost"] or {}, line["gain"]
+            cells = [line["predictor"], *(_spread(line[name]) for name in ("nll", "accuracy", "macro_f1"))]
+            cells += [f"{gain['mean']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})", f"{gain['p']:.2g}"] if gain else ["", ""]
+            cells.append("" if line["harmed"] is None else f"{100 * line['harmed']:.0f} %")
+            cells += [f"{cost[name]:,}" if cost else "" for name in ("parameters_per_user", "parameters_in_all")]
+            parts.append("| " + " | ".join([*cells, "" if line["ms"] is None else f"{line['ms']:.1f}"]) + " |")
+    return "\n".join(parts)
+
+
+def _spread(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f} ({value['low']:.3f}–{value['high']:.3f})"

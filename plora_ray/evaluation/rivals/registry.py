@@ -1,0 +1,50 @@
+"""The trained baselines by name, and what each needs that may not be installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from plora_ray.errors import ConfigError
+from plora_ray.evaluation.rivals.identifiers import UserIdentifier, with_biases, with_ia3, with_prefix
+from plora_ray.evaluation.rivals.lora import LoraPerUser, PopulationLora
+from plora_ray.evaluation.rivals.released import AS_RELEASED, ReleasedPlora, end_to_end
+from plora_ray.evaluation.rivals.rival import Rival, RivalSetup
+from plora_ray.evaluation.rivals.shuffled import ShuffledUsers
+
+POPULATION_LORA, LORA_PER_USER = "population-lora", "lora-per-user"
+RELEASED, END_TO_END, SHUFFLED = "plora-released", "plora-end-to-end", "shuffled-users"
+# What is tuned, and how fast where the population stage's learning rate doesn't suit it: few numbers, each of which must go far.
+IDENTIFIERS = {
+    "user-identifier-ia3": (with_ia3, 1e-2),
+    "user-identifier-bitfit": (with_biases, None),
+    "user-identifier-prefix": (with_prefix, 1e-2),
+}
+RIVALS = (POPULATION_LORA, LORA_PER_USER, *IDENTIFIERS, RELEASED, END_TO_END, SHUFFLED)
+NEED_PEFT = (POPULATION_LORA, LORA_PER_USER, "user-identifier-ia3", "user-identifier-prefix")
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raises ConfigError for a baseline whose package isn't there."""
+    needing = [name for name in names if name in NEED_PEFT]
+    if needing and importlib.util.find_spec("peft") is None:
+        raise ConfigError(f"baseline {needing[0]} needs PEFT: pip install 'plora-ray[peft]', or leave it out")
+
+
+def build_rivals(names: Sequence[str], setup: RivalSetup) -> dict[str, Rival]:
+    """Those of RIVALS that `names` has, untrained, in the order of RIVALS."""
+    population = PopulationLora(setup) if {POPULATION_LORA, LORA_PER_USER} & set(names) else None
+    found: dict[str, Rival] = {}
+    for name in RIVALS:
+        if name not in names:
+            continue
+        if name in IDENTIFIERS:
+            found[name] = UserIdentifier(setup, *IDENTIFIERS[name])
+        elif name == SHUFFLED:
+            found[name] = ShuffledUsers(setup)
+        elif name in (RELEASED, END_TO_END):
+            found[name] = ReleasedPlora(setup, AS_RELEASED if name == RELEASED else end_to_end(setup))
+        else:
+            assert population is not None
+            found[name] = population if name == POPULATION_LORA else LoraPerUser(setup, population)
+    return found

@@ -1,0 +1,73 @@
+"""What a trained baseline is to the evaluation, and what it is made from. Knows texts, labels and users as numbers; no files or metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from plora_ray.adapters.labels import LabelSpace
+from plora_ray.adapters.model import AdapterSpec
+from plora_ray.config import Settings
+from plora_ray.evaluation.labelled import LabelledTexts
+from plora_ray.evaluation.metrics import Ints
+from plora_ray.evaluation.rivals.course import Course
+
+Advance = Callable[[int], None]  # so many more rows have gone through a model
+
+
+@dataclass(frozen=True)
+class Size:
+    """per_user: parameters that are one user's own. in_all: all that were learnt, of everybody. Stored as float32."""
+
+    per_user: int
+    in_all: int
+
+    @property
+    def stored_bytes(self) -> int:
+        return 4 * self.in_all
+
+
+@dataclass(frozen=True)
+class RivalSetup:
+    """What rivals have in common with the generation they are compared to.
+
+    encode: texts to token ids. ordinary_tokens: ids of the tokens that aren't special; leading: how many special tokens a text
+    begins with. keys: by user number, a stable key without the user's name.
+    """
+
+    settings: Settings
+    spec: AdapterSpec
+    labels: LabelSpace
+    course: Course
+    device: torch.device
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    pad_id: int
+    ordinary_tokens: Ints
+    leading: int
+    keys: Sequence[bytes]
+
+    def targets(self, rows: LabelledTexts) -> Tensor:
+        """Class indices or standardised values [rows]."""
+        return self.labels.encode(list(rows.labels)).to(self.device)
+
+
+class Rival(Protocol):
+    """A trained baseline. Users whom it has neither been fitted on nor met get its population's answer."""
+
+    def fit(self, rows: LabelledTexts, advance: Advance) -> None:
+        """Learn from all training rows."""
+
+    def meet(self, rows: LabelledTexts, advance: Advance) -> None:
+        """Learn what can be learnt of new users from a few rows each, and forget the new users met before."""
+
+    def logits(self, users: Ints, texts: Sequence[str]) -> NDArray[np.float32]:
+        """[rows, outputs] for text i as user `users[i]` reads it."""
+
+    def size(self) -> Size:
+        """Of what `fit` has learnt."""
