@@ -1,6 +1,6 @@
 """What happens to the gain, and to the harmed, when users' rows are not as they should be; with the guard and without.
 
-    python -m benchmarks.robustness [DATA] [--seeds 2] [--users 80] [--json]
+    python -m benchmarks.robustness [DATA] [--seeds 2] [--users 60] [--json]
 
 DATA: synthetic:// (made-up users, drawn anew with every seed) or a parquet file with columns user_id, text, label, split, cohort;
 with a column `language` too, users of some languages are also fitted by a population that never met their language.
@@ -138,7 +138,7 @@ def _cut(user: UserRows, rows: int) -> UserRows:
 def main(
     data: Annotated[str, typer.Argument(help="synthetic:// or a parquet file.")] = "synthetic://",
     seeds: Annotated[int, typer.Option(help="Populations trained for every scenario.")] = 2,
-    users: Annotated[int, typer.Option(help="Users at most.")] = 80,
+    users: Annotated[int, typer.Option(help="Users at most.")] = 60,
     rows: Annotated[int, typer.Option(help="Rows of a user at most.")] = 24,
     epochs: Annotated[int, typer.Option(help="Passes of the population stage.")] = 3,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 128,

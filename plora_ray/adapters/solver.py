@@ -22,7 +22,9 @@ class UserFit:
     guard: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values. Without a guard as before there was one, so that older programs read them, too."""
+        values = asdict(self)
+        return values if self.guard else {name: value for name, value in values.items() if name != "guard"}
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | None) -> UserFit:
