@@ -91,21 +91,24 @@ def _milliseconds(costs: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
-    """A table a protocol."""
+    """A table a protocol, and one of what each predictor costs."""
     parts = []
     for point in dict.fromkeys((line["protocol"], line["examples"]) for line in lines):
         mine = [line for line in lines if (line["protocol"], line["examples"]) == point]
         title = f"{point[0]}-shot" + (f", {point[1]} examples" if point[1] else "")
-        parts.append(f"\n{title}: {mine[0]['users']} users, {mine[0]['rows']} test rows, {mine[0]['seeds']} seeds\n")
-        parts.append("| predictor | NLL | accuracy | macro F1 | ours gains, NLL | p | harmed | parameters a user | in all | ms a text |")
-        parts.append("|---|---|---|---|---|---|---|---|---|---|")
+        seeds = f"{mine[0]['seeds']} seed{'s' if mine[0]['seeds'] > 1 else ''}"
+        parts.append(f"\n{title}: {mine[0]['users']} users, {mine[0]['rows'] // mine[0]['seeds']} test rows, {seeds}\n")
+        parts.append("| predictor | NLL | accuracy | macro F1 | ours gains, NLL | p | harmed |\n|---|---|---|---|---|---|---|")
         for line in mine:
-            cost, gain = line["cost"] or {}, line["gain"]
+            gain = line["gain"]
             cells = [line["predictor"], *(_spread(line[name]) for name in ("nll", "accuracy", "macro_f1"))]
-            cells += [f"{gain['mean']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})", f"{gain['p']:.2g}"] if gain else ["", ""]
-            cells.append("" if line["harmed"] is None else f"{100 * line['harmed']:.0f} %")
-            cells += [f"{cost[name]:,}" if cost else "" for name in ("parameters_per_user", "parameters_in_all")]
-            parts.append("| " + " | ".join([*cells, "" if line["ms"] is None else f"{line['ms']:.1f}"]) + " |")
+            cells += [f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})", f"{gain['p']:.2g}"] if gain else ["", ""]
+            parts.append("| " + " | ".join([*cells, "" if line["harmed"] is None else f"{100 * line['harmed']:.0f} %"]) + " |")
+    costs = {line["predictor"]: (line["cost"], line["ms"]) for line in lines if line["cost"]}
+    parts.append("\n| predictor | parameters a user | in all | stored MB | ms a text, alone |\n|---|---|---|---|---|")
+    for name, (cost, ms) in costs.items():
+        counts = f"{cost['parameters_per_user']:,} | {cost['parameters_in_all']:,} | {cost['stored_bytes'] / 1e6:.2f}"
+        parts.append(f"| {name} | {counts} | {ms:.1f} |")
     return "\n".join(parts)
 
 

@@ -38,8 +38,6 @@ class UserIdentifier:
         self._setup = setup
         self._course = setup.course if learning_rate is None else replace(setup.course, learning_rate=learning_rate)
         self._model = build(setup, make_trainable)
-        config: Any = self._model.plm.config
-        self._longest = getattr(config, "max_position_embeddings", None) or 2**31
 
     def fit(self, rows: LabelledTexts, advance: Advance) -> None:
         self._model.learn(self.read_by(rows.users, rows.texts), self._setup.targets(rows), self._course, advance)
@@ -60,7 +58,7 @@ class UserIdentifier:
     def read_by(self, users: Ints, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text behind its user's string; a text that leaves no place for it loses its end."""
         setup = self._setup
-        room, found = self._longest - IDENTIFIER_TOKENS - PREFIX_TOKENS, []
+        room, found = setup.longest - IDENTIFIER_TOKENS - PREFIX_TOKENS, []
         for user, ids in zip(users, setup.encode(texts), strict=True):
             name = identifier(setup.keys[user], setup.course.seed, setup.ordinary_tokens)
             kept = ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]

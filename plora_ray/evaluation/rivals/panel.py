@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +70,7 @@ class RivalPanel:
 def setup_of(settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows) -> RivalSetup:
     """What rivals of a generation are built from."""
     tokenizer, spec = loaded.tokenizer, loaded.model.spec
+    config: Any = loaded.model.plm.config
     special = set(tokenizer.all_special_ids)
     framing = special - {tokenizer.unk_token_id}
     leading = next((place for place, token in enumerate(loaded.encode(["a"])[0]) if token not in framing), 0)
@@ -82,5 +84,6 @@ def setup_of(settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows)
         pad_id=tokenizer.pad_token_id or 0,
         ordinary_tokens=np.array([token for token in range(len(tokenizer)) if token not in special]),
         leading=leading,
+        longest=min(getattr(config, "max_position_embeddings", None) or 2**31, tokenizer.model_max_length),
         keys=rows.keys,
     )

@@ -38,7 +38,7 @@ class RivalSetup:
     """What rivals have in common with the generation they are compared to.
 
     encode: texts to token ids. ordinary_tokens: ids of the tokens that aren't special; leading: how many special tokens a text
-    begins with. keys: by user number, a stable key without the user's name.
+    begins with. longest: tokens that the model can read at once. keys: by user number, a stable key without the user's name.
     """
 
     settings: Settings
@@ -50,6 +50,7 @@ class RivalSetup:
     pad_id: int
     ordinary_tokens: Ints
     leading: int
+    longest: int
     keys: Sequence[bytes]
 
     def targets(self, rows: LabelledTexts) -> Tensor:

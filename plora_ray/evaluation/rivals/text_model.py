@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,3 @@ def build(setup: RivalSetup, make_trainable: Callable[[Any], nn.Module]) -> Text
     except (ValueError, NotImplementedError, TypeError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"a baseline can't be built on model family {plm.config.model_type} ({reason}): leave it out") from error
-
-
-def count(parameters: Iterator[Tensor]) -> int:
-    """Numbers in all of them together."""
-    return sum(parameter.numel() for parameter in parameters)
