@@ -127,7 +127,7 @@ def measured(name: str, scenario: Scenario, rate: float) -> Iterator[Figure]:
         replicas = scenario.serving["replicas"]
         cluster.deploy(scenario.serving)
         cluster.application.wait_for(replicas if isinstance(replicas, int) else replicas[0])
-        cluster.wait_until_answering()
+        cluster.application.wait_until_answering(cluster.url)
         with OpenLoad(cluster.url, [name_of(user) for user in range(USERS)], texts_of(None, 512), rate) as load:
             progress("all replicas run; load")
             time.sleep(QUIET_S)

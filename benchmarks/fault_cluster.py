@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +20,10 @@ from cluster.local import LocalCluster
 from cluster.node_process import ClusterError, free_port
 from cluster.serve_application import ServeApplication
 from cluster.serve_environment import haproxy_environment, shared_port_environment
-from plora_ray.client import Client
 from plora_ray.store import AdapterStore
 
 USERS = 1000
 CPUS_PER_NODE = 6  # logical ones: all replicas, one that replaces another and the Personalizer fit on the node that is left
-ANSWERS_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -42,15 +39,6 @@ class FaultCluster:
         """Deploy with these serving settings."""
         settings = {"model": {"name": MODEL}, "store": {"uri": self.store}, "serving": {"replica_cpus": 1, **serving}}
         self.application.deploy(settings)
-
-    def wait_until_answering(self) -> None:
-        """Wait for the first answer over HTTP. Raises ClusterError."""
-        deadline = time.monotonic() + ANSWERS_WITHIN_S
-        with Client(self.url, timeout_s=5) as client:
-            while not client.ready():
-                if time.monotonic() > deadline:
-                    raise ClusterError(f"no answer after {ANSWERS_WITHIN_S:.0f} s (logs in {self.nodes.directory})")
-                time.sleep(0.1)
 
 
 @contextmanager

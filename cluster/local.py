@@ -198,6 +198,7 @@ class LocalCluster:
         return inherited | {
             # A job's `python` has to be the one that has Ray and this library.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # all nodes end together: there is nowhere to move work to
             **haproxy_files(self.directory),
             **self._overlay,
         }

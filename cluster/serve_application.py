@@ -26,6 +26,7 @@ PRODUCTION = ROOT / "deployments" / "serve.yaml"
 POLL_S = 0.1
 ANSWER_WITHIN_S = 5.0
 WAITS_S = 300.0
+CONNECTIONS = 20  # the kernel gives each to one of the HAProxies at random
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,14 @@ class ServeApplication:
             return []
         return [Replica(one["replica_id"], one["state"], one.get("node_id") or "", one.get("pid") or 0) for one in found]
 
+    def wait_until_answering(self, url: str, within_s: float = WAITS_S) -> None:
+        """Wait until the application is ready at `url` on each of many new connections, so behind every HAProxy. Raises ClusterError."""
+        deadline = time.monotonic() + within_s
+        while not all(_is_ready(url) for _ in range(CONNECTIONS)):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{url} isn't ready after {within_s:.0f} s (logs in {self._cluster.directory})")
+            time.sleep(POLL_S)
+
     def on_node(self, index: int) -> set[str]:
         """Names of the replicas that run on a node of the cluster."""
         node = psutil.Process(self._cluster.pid(index))
@@ -94,3 +103,10 @@ class ServeApplication:
                 states = ", ".join(f"{one.name} {one.state}" for one in self.replicas())
                 raise ClusterError(f"after {within_s:.0f} s the replicas are: {states or 'none'} (logs in {self._cluster.directory})")
             time.sleep(POLL_S)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=ANSWER_WITHIN_S).status_code == 200
+    except httpx.TransportError:
+        return False

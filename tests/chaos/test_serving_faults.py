@@ -119,15 +119,16 @@ def test_a_node_lost_under_load_takes_only_what_was_in_flight_on_it_and_nothing_
         application.deploy(tree)
         application.wait_for(2)
         assert all(len(application.on_node(worker)) == 1 for worker in (1, 2)), "a replica on each worker"
-        with Client(url) as client:
-            wait_for(client.ready, "HAProxy on the workers")
+        application.wait_until_answering(url)
         with ThreadPoolExecutor() as patient, Load(url, USERS, THREADS) as load:
             asked = patient.submit(ask_patiently)
-            rounds(load, 3)
-            assert not load.failed, load.failed[:3]
-            nodes.remove_node(2)
-            rounds(load, 5)
-            ended.set()
+            try:
+                rounds(load, 3)
+                assert not load.failed, load.failed[:3]
+                nodes.remove_node(2)
+                rounds(load, 5)
+            finally:
+                ended.set()
         assert set(asked.result()) == {"adapter"}
     shutil.rmtree(nodes_folder)
     assert_only_what_was_in_flight_failed(load.failed)
