@@ -42,9 +42,7 @@ def main(
         "engine_vs_peft_adapter_names": lambda: [_against_peft("plora", texts, some)],
         "engine_vs_peft_adapter_names_lora_kind": lambda: [_against_peft("lora", texts, some)],
         "zipf_100k_vs_5": lambda: [zipf_100k_vs_5(texts, users=100_000, asked=200 if quick else 1000, rounds=some)],
-        "working_set_4x_cache_s3_vs_in_memory": lambda: [
-            working_set_four_times_the_cache(texts, users=400, asked=200 if quick else 1000, rounds=some)
-        ],
+        "working_set_4x_cache": lambda: working_set_four_times_the_cache(texts, users=400, asked=200 if quick else 1000, rounds=some),
         "resident_users": lambda: resident_users(100_000 if quick else 1_000_000),
         "adaptation": lambda: adaptation(texts, users=16 if quick else 64, rounds=some),
         "http_vs_engine": lambda: http_vs_engine(texts, users=1000, asked=200 if quick else 1000, rounds=some),

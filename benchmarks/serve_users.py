@@ -19,6 +19,7 @@ from benchmarks.made_generation import LABELS, name_of, publish, zipf_users
 from cluster.s3_server import S3Server
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, load_generation
 from plora_ray.inference.cache import entry_bytes
+from plora_ray.inference.disk_tier import DiskTier
 from plora_ray.store import AdapterStore
 
 REQUEST_ROWS = 4
@@ -57,27 +58,33 @@ def zipf_100k_vs_5(texts: list[str], *, users: int, asked: int, rounds: int) -> 
     return figure
 
 
-def working_set_four_times_the_cache(texts: list[str], *, users: int, asked: int, rounds: int) -> Figure:
-    """Rows a second with private matrices of four times as many users as fit the memory, from an S3 server / all of them in memory."""
+def working_set_four_times_the_cache(texts: list[str], *, users: int, asked: int, rounds: int) -> Iterator[Figure]:
+    """Rows a second with private matrices of four times as many users as fit the memory / all of them in memory.
+
+    Once pulled from an S3 server every time, once with a disk tier that has room for all, as it is after a while of serving.
+    """
     with tempfile.TemporaryDirectory(prefix="plora-serve-") as folder, S3Server(Path(folder, "s3")) as server:
         store = AdapterStore(f"{server.create_bucket('bench')}/store", server.storage_options)
         publish(store, users, "lora")
         entry = entry_bytes(store.open_generation().manifest.width * 4)
-        small, large = (
-            InferenceEngine(load_generation(store), batch_rows=32, wait_s=0.002, cache_bytes=size * entry, max_age_s=3600)
-            for size in (users // 4, users)
+        disk = DiskTier(Path(folder, "disk"), 2 * users * entry)
+        s3, tiered, memory = (
+            InferenceEngine(load_generation(store), batch_rows=32, wait_s=0.002, cache_bytes=size * entry, max_age_s=3600, disk=tier)
+            for size, tier in ((users // 4, None), (users // 4, disk), (users, None))
         )
         drawn = np.random.default_rng(2).integers(users, size=(rounds + 1) * asked)
         names = [name_of(int(user)) for user in drawn]
-        large.cache.find([store.key(name_of(user)) for user in range(users)])
-        turns = iter([names[start : start + asked] for start in range(0, len(names), asked)])
-        figure = speed_ratio(
-            "working_set_4x_cache_s3_vs_in_memory", lambda: ask(small, next(turns), texts), lambda: ask(large, names[:asked], texts),
-            rounds=rounds, goal=0.7,
-        )  # fmt: skip
-        small.close()
-        large.close()
-    return figure
+        keys = [store.key(name_of(user)) for user in range(users)]
+        for engine in (tiered, memory):
+            engine.cache.find(keys)
+        for name, small in (("working_set_4x_cache_s3_vs_in_memory", s3), ("working_set_4x_memory_on_disk_vs_in_memory", tiered)):
+            turns = iter([names[start : start + asked] for start in range(0, len(names), asked)])
+            yield speed_ratio(
+                name, lambda small=small, turns=turns: ask(small, next(turns), texts), lambda: ask(memory, names[:asked], texts),
+                rounds=rounds, goal=0.7,
+            )  # fmt: skip
+        for engine in (s3, tiered, memory):
+            engine.close()
 
 
 def resident_users(users: int) -> Iterator[Figure]:
