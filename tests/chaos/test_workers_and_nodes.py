@@ -35,17 +35,16 @@ def test_an_elastic_job_outlives_a_killed_worker_and_a_removed_node(
     # So many that waves are left when the lost node is noticed, seconds later.
     many_waves["data"] = {"source": "synthetic://?users=1200&texts=8&pool=80"}
     config, store = write(many_waves, tmp_path), Path(many_waves["store"]["uri"])
-    finished: set[str] = set()
     with FitLog(store) as log, Job(config, *ELASTIC, environment=cluster.environment()) as job:
         job.wait_until(lambda: len(segments(store)) >= MORE_WAVES and bool(training_workers(cluster.pid(1))), "waves of two workers")
-        finished |= segments(store)
+        finished = segments(store)  # later ones may be under way twice: by a rank that is about to be stopped, and by its successor
         lose_worker(cluster, 1)
         target = len(segments(store)) + 2 * MORE_WAVES  # the other rank may have ended a few that it was at
         job.wait_until(lambda: len(segments(store)) >= target, "waves after the lost worker")
-        finished |= segments(store)
+        late = len(segments(store))
         cluster.remove_node(1)
         result = job.published()
-    assert len(finished) < 600, "the faults came too late to show anything"
+    assert late < 600, "the faults came too late to show anything"
     assert "2 ranks" in job.stderr and "1 ranks" in job.stderr
     assert_whole(config, result)
     assert all(log.fits(wave) == 1 for wave in finished), "a finished wave was fitted twice"
