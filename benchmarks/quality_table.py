@@ -97,7 +97,7 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
         mine = [line for line in lines if (line["protocol"], line["examples"]) == point]
         title = f"{point[0]}-shot" + (f", {point[1]} examples" if point[1] else "")
         seeds = f"{mine[0]['seeds']} seed{'s' if mine[0]['seeds'] > 1 else ''}"
-        parts.append(f"\n{title}: {mine[0]['users']} users, {mine[0]['rows'] // mine[0]['seeds']} test rows, {seeds}\n")
+        parts.append(f"\n{title}: {mine[0]['users']} users, {mine[0]['rows']} test rows, {seeds}\n")
         parts.append("| predictor | NLL | accuracy | macro F1 | ours gains, NLL | p | harmed |\n|---|---|---|---|---|---|---|")
         for line in mine:
             gain = line["gain"]
