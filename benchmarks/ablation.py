@@ -32,7 +32,6 @@ class Variant:
 
     shapes: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
-    user_dim: int = 64
 
 
 FEED_FORWARD = ("intermediate.dense", "output.dense")
@@ -47,7 +46,7 @@ VARIANTS = {
     "head hears a bias": Variant({"head_terms": "bias"}),
     "head hears tastes": Variant({"head_terms": "taste"}),
     "tastes, top two blocks": Variant({"head_terms": "taste", "top_layers": 2}),
-    "tastes, d = 16": Variant({"head_terms": "taste"}, user_dim=16),
+    "tastes, d = 16": Variant({"head_terms": "taste", "user_dim": 16}),
     "tastes, personalised dropout 0": Variant({"head_terms": "taste"}, {"user_dropout": 0.0}),
     "tastes, personalised dropout 0.3": Variant({"head_terms": "taste"}, {"user_dropout": 0.3}),
     "tastes, mutual information 0.01": Variant({"head_terms": "taste"}, {"mutual_information": {"weight": 0.01}}),
@@ -95,9 +94,7 @@ def _chosen(users: list[UserRows], count: int, rows: int) -> list[UserRows]:
 
 def _tried(variant: Variant, known: list[UserRows], new: list[UserRows], seed: int, epochs: int) -> dict[str, float]:
     began = time.monotonic()
-    population = train_population(
-        known, epochs=epochs, seed=seed, user_dim=variant.user_dim, spec_changes=variant.shapes, training=variant.training
-    )
+    population = train_population(known, epochs=epochs, seed=seed, spec_changes=variant.shapes, training=variant.training)
     return {**_scored(population, known, "known"), **_scored(population, new, "new"), "seconds": round(time.monotonic() - began, 1)}
 
 

@@ -177,7 +177,7 @@ def train_population(
     )  # fmt: skip
     rows = rank_rows(users, labels)
     population = Population(model, trainer, labels, None, halves)
-    table = UserTable(len(users), user_dim, learning_rate=settings.user_learning_rate) if kind == "plora" else None
+    table = UserTable(len(users), spec.user_dim, learning_rate=settings.user_learning_rate) if kind == "plora" else None
     with tempfile.TemporaryDirectory() as folder, _Bar() as bar:
         checkpoints = PopulationCheckpoints(ObjectStore(folder), "run", 0)
         PopulationStage(trainer, rows, table, settings, 0, checkpoints, bar.on_steps, lambda: None, population.below(rows)).run()

@@ -27,7 +27,7 @@ CLIENTS = 8
 EXAMPLES = 8
 
 
-def ask(engine: InferenceEngine, users: list[str], texts: list[str], *, clients: int = CLIENTS, request_rows: int = REQUEST_ROWS) -> None:
+def ask(engine: InferenceEngine, users: list[str], texts: list[str]) -> None:
     """Requests of a few rows from several clients at once, until every user was asked for."""
     rows = [(user, texts[place % len(texts)]) for place, user in enumerate(users)]
     requests = iter([rows[start : start + REQUEST_ROWS] for start in range(0, len(rows), REQUEST_ROWS)])

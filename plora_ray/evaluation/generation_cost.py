@@ -8,15 +8,18 @@ import torch
 from plora_ray.evaluation.comparison import POPULATION, WITH_USER
 from plora_ray.evaluation.predictor_cost import PredictorCost, sampled, seconds_per_request
 from plora_ray.evaluation.rows import EvaluationRows
-from plora_ray.inference import InferenceEngine
+from plora_ray.inference import InferenceEngine, LoadedGeneration
+
+
+def shared_numbers(loaded: LoadedGeneration) -> int:
+    """How many numbers a generation has learnt for all its users; the prior, which only fits of new users read, isn't counted."""
+    return sum(tensor.numel() for name, tensor in loaded.reader.shared().tensors.items() if not name.startswith("prior."))
 
 
 def generation_costs(engine: InferenceEngine, rows: EvaluationRows) -> dict[str, PredictorCost]:
     """Of the answer with a user and without, for the generation's users among `rows`. Adapters are at hand, as in a warm cache."""
     loaded = engine.loaded
-    tensors = loaded.reader.shared().tensors
-    shared = sum(tensor.numel() for name, tensor in tensors.items() if not name.startswith("prior."))
-    width, tests = loaded.model.user_width, sampled(rows)
+    shared, width, tests = shared_numbers(loaded), loaded.model.user_width, sampled(rows)
     found = loaded.reader.get_many([rows.keys[rows.row_users[row]] for row in tests])
     vectors = {key: torch.tensor(np.array(adapter.record)) for key, adapter in found.items()}
 

@@ -113,4 +113,6 @@ class ReleasedPlora:
         return self._objective.model(input_ids.to(self._setup.device), mask.to(self._setup.device), vectors)
 
     def _spec(self) -> AdapterSpec:
-        return replace(self._setup.spec, kind="plora", rank=RANK, alpha=ALPHA, user_dim=USER_DIM, dropout=DROPOUT, top_layers=None)
+        return replace(
+            self._setup.spec, kind="plora", rank=RANK, alpha=ALPHA, user_dim=USER_DIM, dropout=DROPOUT, top_layers=None, head_terms="none"
+        )

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plora_ray.errors import ModelError
+from plora_ray.evaluation.generation_cost import shared_numbers
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Ints
 from plora_ray.evaluation.rivals.course import answers
@@ -55,7 +56,7 @@ class ShuffledUsers:
             _train(folder)
             store = AdapterStore.open(str(folder / "store"))
             self._loaded = load_generation(store, device=self._setup.device.type)
-            self._shared = sum(tensor.numel() for name, tensor in self._loaded.reader.shared().tensors.items() if name[:6] != "prior.")
+            self._shared = shared_numbers(self._loaded)
             keys = {int(user): store.key(_name(user)) for user in np.unique(shuffled)}
             found = self._loaded.reader.get_many(list(keys.values()))
             self._vectors = {user: torch.tensor(found[key].record) for user, key in keys.items() if key in found}
