@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from plora_ray.evaluation.comparison import POPULATION, WITH_USER
-from plora_ray.evaluation.predictor_cost import PredictorCost, sampled, seconds_per_request
+from plora_ray.evaluation.predictor_cost import PredictorCost, Size, sampled, seconds_per_request
 from plora_ray.evaluation.rows import EvaluationRows
 from plora_ray.inference import InferenceEngine, LoadedGeneration
 
@@ -31,6 +31,6 @@ def generation_costs(engine: InferenceEngine, rows: EvaluationRows) -> dict[str,
 
     in_all = shared + width * int(rows.known.sum())
     return {
-        WITH_USER: PredictorCost(width, in_all, 4 * in_all, seconds_per_request(with_user, tests)),
-        POPULATION: PredictorCost(0, shared, 4 * shared, seconds_per_request(population, tests)),
+        WITH_USER: PredictorCost(Size(width, in_all), seconds_per_request(with_user, tests)),
+        POPULATION: PredictorCost(Size(0, shared), seconds_per_request(population, tests)),
     }

@@ -95,9 +95,9 @@ def costs_table(costs: Mapping[str, PredictorCost], comparison: Comparison) -> s
             cost, scores = costs[name], as_json(comparison.predictors[name].scores)
             reached = [f"{scores[metric]:.4f}" for metric in metrics]
             numbers = [
-                f"{cost.per_user:,}",
-                f"{cost.in_all:,}",
-                f"{cost.stored_bytes / 1e6:,.2f}",
+                f"{cost.size.per_user:,}",
+                f"{cost.size.in_all:,}",
+                f"{cost.size.stored_bytes / 1e6:,.2f}",
                 f"{1000 * cost.seconds_per_request:.1f}",
             ]
             rows.append([title, *reached, *numbers])

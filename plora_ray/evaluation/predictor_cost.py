@@ -15,22 +15,29 @@ WARM_UP_REQUESTS, REQUESTS = 3, 50
 
 
 @dataclass(frozen=True)
-class PredictorCost:
-    """per_user, in_all: parameters of one user's own, and of everybody's together with what is shared; the frozen model not counted.
-
-    stored_bytes: of them. seconds_per_request: median of texts that come one at a time, each by another user.
-    """
+class Size:
+    """per_user: parameters that are one user's own. in_all: all that were learnt; the frozen model isn't counted. Stored as float32."""
 
     per_user: int
     in_all: int
-    stored_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        return 4 * self.in_all
+
+
+@dataclass(frozen=True)
+class PredictorCost:
+    """seconds_per_request: median of texts that come one at a time, each by another user."""
+
+    size: Size
     seconds_per_request: float
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "parameters_per_user": self.per_user,
-            "parameters_in_all": self.in_all,
-            "stored_bytes": self.stored_bytes,
+            "parameters_per_user": self.size.per_user,
+            "parameters_in_all": self.size.in_all,
+            "stored_bytes": self.size.stored_bytes,
             "seconds_per_request": round(self.seconds_per_request, 6),
         }
 

@@ -18,7 +18,8 @@ from torch import nn
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Ints
-from plora_ray.evaluation.rivals.rival import Advance, RivalSetup, Size
+from plora_ray.evaluation.predictor_cost import Size
+from plora_ray.evaluation.rivals.rival import Advance, RivalSetup
 from plora_ray.evaluation.rivals.text_model import build
 
 IDENTIFIER_TOKENS = 10

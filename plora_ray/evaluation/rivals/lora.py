@@ -20,7 +20,8 @@ from plora_ray.adapters.inject import find_targets
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Ints
-from plora_ray.evaluation.rivals.rival import Advance, RivalSetup, Size
+from plora_ray.evaluation.predictor_cost import Size
+from plora_ray.evaluation.rivals.rival import Advance, RivalSetup
 from plora_ray.evaluation.rivals.text_model import build
 
 NEWCOMER_EPOCHS = 5  # over a new user's examples: more make a model without a prior know them by heart

@@ -58,8 +58,7 @@ class RivalPanel:
             def answer(row: int, rival: Rival = rival) -> object:
                 return rival.logits(rows.row_users[row : row + 1], [rows.texts[rows.row_texts[row]]])
 
-            size = rival.size()
-            found[name] = PredictorCost(size.per_user, size.in_all, size.stored_bytes, seconds_per_request(answer, sampled(rows)))
+            found[name] = PredictorCost(rival.size(), seconds_per_request(answer, sampled(rows)))
         return found
 
     def _examples(self, users: Ints, count: int) -> LabelledTexts:

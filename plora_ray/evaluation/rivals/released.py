@@ -19,9 +19,10 @@ from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.adapters.objective import MutualInformation, PopulationObjective, task_losses
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Ints
+from plora_ray.evaluation.predictor_cost import Size
 from plora_ray.evaluation.rivals.course import answers
 from plora_ray.evaluation.rivals.lora import NEWCOMER_EPOCHS
-from plora_ray.evaluation.rivals.rival import Advance, RivalSetup, Size
+from plora_ray.evaluation.rivals.rival import Advance, RivalSetup
 from plora_ray.inference.engine import pad
 
 RANK, ALPHA, USER_DIM, DROPOUT = 64, 128.0, 512, 0.1

@@ -16,21 +16,10 @@ from plora_ray.adapters.model import AdapterSpec
 from plora_ray.config import Settings
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Ints
+from plora_ray.evaluation.predictor_cost import Size
 from plora_ray.evaluation.rivals.course import Course
 
 Advance = Callable[[int], None]  # so many more rows have gone through a model
-
-
-@dataclass(frozen=True)
-class Size:
-    """per_user: parameters that are one user's own. in_all: all that were learnt, of everybody. Stored as float32."""
-
-    per_user: int
-    in_all: int
-
-    @property
-    def stored_bytes(self) -> int:
-        return 4 * self.in_all
 
 
 @dataclass(frozen=True)

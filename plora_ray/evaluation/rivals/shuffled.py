@@ -23,8 +23,9 @@ from plora_ray.errors import ModelError
 from plora_ray.evaluation.generation_cost import shared_numbers
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Ints
+from plora_ray.evaluation.predictor_cost import Size
 from plora_ray.evaluation.rivals.course import answers
-from plora_ray.evaluation.rivals.rival import Advance, RivalSetup, Size
+from plora_ray.evaluation.rivals.rival import Advance, RivalSetup
 from plora_ray.inference import Examples, FewShotFitter, LoadedGeneration, load_generation
 from plora_ray.store import AdapterStore
 
