@@ -22,6 +22,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from plora_ray.adapters.adam import AdamSteps
+from plora_ray.adapters.calibration import scaled
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.halves import Halves
 from plora_ray.adapters.inject import Kind
@@ -35,6 +36,7 @@ from plora_ray.data.synthetic import SyntheticParams, rows_of_user
 from plora_ray.data.table import PartitionTable
 from plora_ray.store.objects import ObjectStore
 from plora_ray.training.activations import Below, LowerActivations, whole_passes
+from plora_ray.training.calibration import find_scale
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import EngineOptions, ShardedTrainer
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
@@ -182,6 +184,7 @@ def train_population(
         checkpoints = PopulationCheckpoints(ObjectStore(folder), "run", 0)
         PopulationStage(trainer, rows, table, settings, 0, checkpoints, bar.on_steps, lambda: None, population.below(rows)).run()
     trainer.freeze()
+    trainer.load(scaled(trainer.gathered(), find_scale(population.passes(rows), rows)))
     if table is None:
         return population
     return replace(population, prior=estimate_prior(table, population.passes(rows), rows, "classification"))

@@ -64,6 +64,7 @@ class TrainingSettings(Section):
     guard: whether users whom newton's fit harms, by their own rows left out one by one, are left to the population; adam has a guard
     of its own, since it keeps a user's best epoch on validation rows, the start included.
     population_fraction: share of the training rows that an epoch of the population stage meets, drawn anew each epoch.
+    calibrate: whether validation rows decide how large the logits of a classification may be, before users are fitted.
     user_dropout: rho. batch_rows / batch_tokens bound a batch. A wave is the unit of resume: at most
     users_per_wave users (auto: 5000), and no more than fit into wave_memory_mb.
     only_users_with_new_data: keep the current generation's shared parameters and refit only users whose rows are new or changed.
@@ -97,6 +98,7 @@ class TrainingSettings(Section):
     mutual_information: MutualInformationSettings = MutualInformationSettings()
     user_solver: Literal["auto", "newton", "adam"] = "auto"
     guard: bool = False
+    calibrate: bool = True
     adam: AdamSettings = AdamSettings()
     batch_rows: int = Field(32, ge=1)
     batch_tokens: int = Field(4096, ge=16)

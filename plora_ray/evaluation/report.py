@@ -16,7 +16,7 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.comparison import Comparison
 from plora_ray.evaluation.cost_page import CostPage
-from plora_ray.evaluation.page import INTERVALS, comparison_table, costs_table, groups_table, page, picture, table
+from plora_ray.evaluation.page import INTERVALS, PREDICTORS, comparison_table, costs_table, groups_table, page, picture, table
 from plora_ray.evaluation.plots import few_shot_curves, gain_histograms, gain_over_time
 from plora_ray.evaluation.predictor_cost import PredictorCost
 from plora_ray.evaluation.verdict import verdict
@@ -58,7 +58,7 @@ class ProtocolResult:
 class Evaluation:
     """Everything a report says. data: what was measured on, as plain values. costs: of a million users, if there are prices.
 
-    predictor_costs: by predictor, if any of them was trained.
+    predictor_costs: by predictor, if any of them was trained. logit_scales: by trained baseline, what its logits were multiplied by.
     """
 
     generation: str
@@ -68,6 +68,7 @@ class Evaluation:
     results: tuple[ProtocolResult, ...]
     costs: CostPage | None = None
     predictor_costs: Mapping[str, PredictorCost] = field(default_factory=dict)
+    logit_scales: Mapping[str, float] = field(default_factory=dict)
 
     def comparisons(self, protocol: str) -> Sequence[Comparison]:
         """The protocol's comparisons; none if it was skipped or not asked for."""
@@ -87,6 +88,7 @@ class Evaluation:
             "protocols": {result.name: result.to_json() for result in self.results},
             **({"costs": self.costs.to_json()} if self.costs else {}),
             "predictor_costs": {name: cost.to_json() for name, cost in self.predictor_costs.items()},
+            "logit_scales": {name: round(scale, 4) for name, scale in self.logit_scales.items()},
         }
 
 
@@ -120,7 +122,7 @@ def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
     sections = [_section(result, pictures) for result in evaluation.results]
     measured = [comparison for result in evaluation.results for comparison in result.comparisons]
     trained = evaluation.predictor_costs
-    spent = f"<h2>What the predictors cost</h2>\n{costs_table(trained, measured[0])}" if trained else ""
+    spent = f"<h2>What the predictors cost</h2>\n{costs_table(trained, measured[0])}{_scales(evaluation)}" if trained else ""
     data = table([], [[name.replace("_", " "), _plain(value)] for name, value in evaluation.data.items()])
     return page(
         f"Evaluation of generation {evaluation.generation}",
@@ -129,6 +131,14 @@ def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
         [*sections, spent, *([evaluation.costs.to_html()] if evaluation.costs else []), f"<h2>Data</h2>\n{data}"],
         f"{INTERVALS} Everybody's labels are those of all training rows in this data.",
     )
+
+
+def _scales(evaluation: Evaluation) -> str:
+    if not evaluation.logit_scales:
+        return ""
+    shown = ", ".join(f"{PREDICTORS[name]} {scale:.2f}" for name, scale in evaluation.logit_scales.items())
+    told = f"Trained baselines are calibrated as the generation is: validation rows chose what their logits are multiplied by ({shown})."
+    return f"<p>{escape(told)}</p>"
 
 
 def _section(result: ProtocolResult, pictures: dict[str, str]) -> str:

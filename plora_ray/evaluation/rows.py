@@ -39,7 +39,7 @@ class EvaluationRows:
     key and whether the generation trained an adapter for him. history: the labels of all training rows. examples: by user
     outside the generation, up to `examples_kept` training rows (text, label) in an order drawn by the seed. groups: names of the
     groups that test rows belong to; row_groups: [rows] index into them, -1 for none. row_times: [rows] in UTC, NaT where not given.
-    training: the training rows of the generation's users, if they were asked for.
+    training, validation: those rows of the generation's users, if they were asked for.
     """
 
     texts: list[str]
@@ -57,6 +57,7 @@ class EvaluationRows:
     row_groups: NDArray[np.int64]
     row_times: NDArray[np.datetime64]
     training: LabelledTexts | None = None
+    validation: LabelledTexts | None = None
 
 
 def read_rows(
@@ -71,11 +72,11 @@ def read_rows(
     keep_training: bool = False,
 ) -> EvaluationRows:
     """Read the whole source once. `seed` is training's: it decides which texts are test texts where no split column does.
-    keep_training: keep the training rows of the generation's users, all of them in memory.
+    keep_training: keep the training and validation rows of the generation's users, all of them in memory.
 
     Raises DataError for an unusable source, bad rows (unless they are skipped) and labels the generation doesn't know.
     """
-    collector = _Collector(store, reader, seed, examples_kept, [] if keep_training else None)
+    collector = _Collector(store, reader, seed, examples_kept, keep_training)
     bad: list[BadRow] = []
     with_split: set[bool] = set()
     units, division = list_units(settings), settings.split_rules(seed)
@@ -117,9 +118,11 @@ class _Collector:
     reader: GenerationReader
     seed: int
     examples_kept: int
-    training: list[tuple[int, str, str | float]] | None = None
+    keep_training: bool
     rows: int = 0
     train_rows: int = 0
+    _training: list[tuple[int, str, str | float]] = field(default_factory=list)
+    _validation: list[tuple[int, str, str | float]] = field(default_factory=list)
     _users: dict[str, int | None] = field(default_factory=dict)  # None: erased, so nothing of his is looked at
     _keys: list[bytes] = field(default_factory=list)
     _known: list[bool] = field(default_factory=list)
@@ -147,8 +150,10 @@ class _Collector:
             self._history[user, row.label] += 1
             if not self._known[user]:
                 self._offer_example(user, row)
-            elif self.training is not None:
-                self.training.append((user, row.text, row.label))
+            elif self.keep_training:
+                self._training.append((user, row.text, row.label))
+        elif self.keep_training and self._known[user]:
+            self._validation.append((user, row.text, row.label))
 
     def finish(self, labels: LabelSpace, *, bad_rows: int) -> EvaluationRows:
         return EvaluationRows(
@@ -166,7 +171,8 @@ class _Collector:
             groups=list(self._groups),
             row_groups=np.array(self._test_groups, np.int64),
             row_times=np.array(self._test_times, "datetime64[us]"),
-            training=None if self.training is None else LabelledTexts.of_rows(self.training),
+            training=LabelledTexts.of_rows(self._training) if self.keep_training else None,
+            validation=LabelledTexts.of_rows(self._validation) if self.keep_training else None,
         )
 
     def _user(self, user_id: str) -> int | None:

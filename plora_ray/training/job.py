@@ -88,7 +88,8 @@ def train(settings: Settings, *, dry_run: bool = False) -> Published | DryRun:
             line.say("adding up the test rows and writing the report ...")
             segments = store.resume(assignment.generation).finished_waves()
             totals = add_up(assignment, run, prepared.stats, segments, store.tombstones().keys())
-            report = TrainingReport(assignment, prepared.plan, prepared.stats, totals, history, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            report = TrainingReport(assignment, prepared.plan, prepared.stats, totals, history, seconds, run.load_scale())
             published = publish(prepared, report, segments, line, seconds=time.monotonic() - began)
             telemetry.finish(report.values, report.files)
             return published

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plora_ray.adapters.blocks import checkpoint_blocks
+from plora_ray.adapters.calibration import scaled
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.halves import Halves
 from plora_ray.adapters.labels import LabelSpace
@@ -24,6 +25,7 @@ from plora_ray.data.partition import read_partition
 from plora_ray.opening import open_store
 from plora_ray.store import AdapterStore, GenerationReader
 from plora_ray.training.activations import Below, LowerActivations, whole_passes
+from plora_ray.training.calibration import find_scale
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import EngineOptions, ShardedTrainer, agree_on_sharding, choose_sharding
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
@@ -113,6 +115,9 @@ def _run_stages(assignment: Assignment, rank: int, ranks: int, observer: Observe
         PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps, observer.in_step, below).run()
         shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
         trainer.freeze()
+        if settings.training.calibrate and settings.task == "classification":
+            shared = scaled(shared, _scale(run, passes, rows, rank))
+            trainer.load(shared)
         prior = None if table is None else _prior(run, table, passes, rows, model, rank)
         if rank == 0:
             writer.write_shared({**shared, **(prior.tensors() if prior else {})}, {"format": "pt"})
@@ -189,6 +194,18 @@ def _below(training: TrainingSettings, halves: Halves | None, trainer: ShardedTr
     )
     with closing(kept):
         yield kept.under
+
+
+def _scale(run: RunState, passes: FrozenPasses, rows: RankRows, rank: int) -> float:
+    """What the run multiplies logits by: kept from before, or found over all ranks' validation rows."""
+    kept: list[float | None] = [run.load_scale() if rank == 0 else None]
+    dist.broadcast_object_list(kept, src=0)
+    if kept[0] is not None:
+        return kept[0]
+    scale = find_scale(passes, rows)
+    if rank == 0:
+        run.save_scale(scale)
+    return scale
 
 
 def _prior(run: RunState, table: UserTable, passes: FrozenPasses, rows: RankRows, model: PersonalizedModel, rank: int) -> UserPrior:

@@ -47,7 +47,10 @@ def add_up(
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What was trained and, if there are test rows, how well it predicts them with and without the user. seconds: of the last start."""
+    """What was trained and, if there are test rows, how well it predicts them with and without the user. seconds: of the last start.
+
+    logit_scale: what the run has found its logits to be multiplied by; None where they stand as trained.
+    """
 
     assignment: Assignment
     plan: Plan
@@ -55,6 +58,7 @@ class TrainingReport:
     totals: WaveTotals
     history: History
     seconds: float
+    logit_scale: float | None = None
 
     @cached_property
     def files(self) -> dict[str, bytes]:
@@ -92,6 +96,7 @@ class TrainingReport:
             "bad_rows_skipped": self.stats.skipped,
             "labels": self.assignment.labels.to_json(),
             "settings": self.assignment.settings.published(),
+            "calibration": {"logit_scale": self.logit_scale},
             "training": {"seconds": self.history.seconds, "restarts": self.history.restarts, **self.history.to_json()},
         }
         if self.comparison is not None:
@@ -158,6 +163,7 @@ class TrainingReport:
             ("users carried over", f"{self.totals.copied:,}"),
             ("rows", ", ".join(f"{count:,} {split}" for split, count in rows.items())),
             ("bad rows skipped", ", ".join(f"{count:,} {why}" for why, count in self.stats.skipped.items()) or "none"),
+            ("logits multiplied by", "1, as trained" if self.logit_scale is None else f"{self.logit_scale:.2f}"),
             ("waves", f"{len(self.assignment.waves):,}"),
             ("seconds of training, all starts", f"{self.history.seconds:,.1f}"),
             ("restarts of the workers", f"{self.history.restarts}"),

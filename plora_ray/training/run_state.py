@@ -27,6 +27,7 @@ from plora_ray.training.plan import PlanFiles
 from plora_ray.training.run_objects import read_arrays, read_json
 
 RUNS = "runs"
+_CALIBRATION = "calibration.json"
 WAVES_AT_ONCE = 4  # outcomes read at the same time when the report is made; bounds memory
 # What may change between two starts of the same run: it shapes how the work is done, not what comes out.
 _FREE_SETTINGS = {
@@ -130,6 +131,16 @@ class RunState:
         path = f"{self.folder}/prior.safetensors"
         data = self._objects.read_many([path]).get(path)
         return None if data is None else UserPrior.from_tensors(load(data))
+
+    def save_scale(self, scale: float) -> None:
+        """Keep what logits are multiplied by, which all that follows depends on."""
+        self._objects.write(f"{self.folder}/{_CALIBRATION}", json.dumps({"logit_scale": scale}).encode())
+
+    def load_scale(self) -> float | None:
+        """The kept scale, or None before it was found. Raises CorruptObjectError."""
+        path = f"{self.folder}/{_CALIBRATION}"
+        data = self._objects.read_many([path]).get(path)
+        return None if data is None else float(read_json(data, _CALIBRATION)["logit_scale"])
 
     def save_wave(self, wave: int, outcome: WaveOutcome, segment: str | None) -> None:
         """Keep the outcome that belongs to the segment with SHA-256 `segment`; None: the wave's users are gone and it has none.

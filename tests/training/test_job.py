@@ -20,6 +20,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from cluster.s3_server import S3Server
+from plora_ray.adapters.calibration import best_scale, scale_losses
 from plora_ray.config import load_settings, parse_settings
 from plora_ray.data.sources import list_units, read_unit
 from plora_ray.inference import InferenceEngine, load_generation
@@ -209,7 +210,7 @@ def test_a_job_runs_with_adapters_on_top_shards_offloaded_blocks_recomputed_and_
     assert store.open_generation().users == json.loads(out.splitlines()[-1])["users"] == 60
 
 
-def test_the_published_adapters_answer_as_the_training_report_says(tiny_tree: Tree, tmp_path: Path) -> None:
+def test_the_published_adapters_answer_as_the_report_says_and_are_as_sure_as_validation_rows_allow(tiny_tree: Tree, tmp_path: Path) -> None:
     config = write(tiny_tree, tmp_path)
     result = train(config)
     store = AdapterStore.open(tiny_tree["store"]["uri"])
@@ -217,17 +218,21 @@ def test_the_published_adapters_answer_as_the_training_report_says(tiny_tree: Tr
     engine = InferenceEngine(load_generation(store))
     data = load_settings(config).data
     rows = [
-        (user, text, label)
+        (split, user, text, label)
         for unit in list_units(data)
         for chunk in read_unit(unit, data)
         for user, text, label, split in zip(chunk.user_ids, chunk.texts, chunk.labels, chunk.splits, strict=True)
-        if split == "test"
     ]
-    answers = engine.predict([(user, text) for user, text, _ in rows])
-    engine.close()
-    nll = -np.mean([np.log(answer.prediction.scores[label]) for answer, (_, _, label) in zip(answers, rows, strict=True)])
+    tests = [row for row in rows if row[0] == "test"]
+    answers = engine.predict([(user, text) for _, user, text, _ in tests])
+    nll = -np.mean([np.log(answer.prediction.scores[label]) for answer, (*_, label) in zip(answers, tests, strict=True)])
     assert {answer.personalization for answer in answers} == {"adapter"}
     assert nll == pytest.approx(report["test"]["with_user"]["nll"], abs=2e-4)
+    scale, held_out = report["calibration"]["logit_scale"], [row for row in rows if row[0] == "validation"]
+    as_trained = engine.score(engine.encode([text for _, _, text, _ in held_out]), [None] * len(held_out)) / scale
+    engine.close()
+    labels = engine.loaded.labels.encode([label for *_, label in held_out])
+    assert scale != 1 and best_scale(scale_losses(as_trained, labels)) == pytest.approx(scale, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from plora_ray.adapters.calibration import best_scale, scale_losses
 from plora_ray.config import Settings
 from plora_ray.errors import DataError
 from plora_ray.evaluation.labelled import LabelledTexts
@@ -22,11 +24,15 @@ from plora_ray.inference import LoadedGeneration
 
 
 class RivalPanel:
-    """names: of registry.RIVALS; none is fine. Raises DataError if there are no rows to train on."""
+    """names: of registry.RIVALS; none is fine. Raises DataError if there are no rows to train on.
+
+    scales: by name, what the rival's logits are multiplied by, chosen on validation rows; empty where nothing is calibrated.
+    """
 
     def __init__(self, names: Sequence[str], settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows, stages: Stages) -> None:
         self._loaded, self._rows, self._stages = loaded, rows, stages
         self._rivals: Mapping[str, Rival] = {}
+        self.scales: dict[str, float] = {}
         if not names:
             return
         if rows.training is None or not len(rows.training.users):
@@ -35,6 +41,8 @@ class RivalPanel:
         for name, rival in self._rivals.items():
             stages.begin(f"training {name}", len(rows.training.texts) * settings.training.epochs)
             rival.fit(rows.training, stages.advance)
+            if settings.training.calibrate and settings.task == "classification":
+                self.scales[name] = self._scale_of(rival)
 
     def predict(self, chosen: Ints, examples: int | None) -> dict[str, Floats]:
         """What each says of the test rows `chosen`. examples: how many of each user are known to it; None for trained users."""
@@ -46,7 +54,7 @@ class RivalPanel:
                 self._stages.begin(f"{name} on {examples} examples of new users", 0)
                 rival.meet(self._examples(users, examples), self._stages.advance)
             self._stages.begin(f"rows by {name}", 0)
-            found[name] = predictions(rival.logits(users, texts), self._loaded.labels)
+            found[name] = predictions(self.scales.get(name, 1.0) * rival.logits(users, texts), self._loaded.labels)
         return found
 
     def costs(self) -> dict[str, PredictorCost]:
@@ -60,6 +68,14 @@ class RivalPanel:
 
             found[name] = PredictorCost(rival.size(), seconds_per_request(answer, sampled(rows)))
         return found
+
+    def _scale_of(self, rival: Rival) -> float:
+        """What its logits are multiplied by, so that it is as sure as it may be: what the job does to the generation."""
+        rows = self._rows.validation
+        if rows is None or not len(rows.users):
+            return 1.0
+        logits = torch.from_numpy(rival.logits(rows.users, rows.texts))
+        return best_scale(scale_losses(logits, self._loaded.labels.encode(list(rows.labels))))
 
     def _examples(self, users: Ints, count: int) -> LabelledTexts:
         own = self._rows.examples
@@ -85,4 +101,5 @@ def setup_of(settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows)
         leading=leading,
         longest=min(getattr(config, "max_position_embeddings", None) or 2**31, tokenizer.model_max_length),
         keys=rows.keys,
+        validation=rows.validation or LabelledTexts.of_rows([]),
     )

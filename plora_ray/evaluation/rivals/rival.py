@@ -28,6 +28,7 @@ class RivalSetup:
 
     encode: texts to token ids. ordinary_tokens: ids of the tokens that aren't special; leading: how many special tokens a text
     begins with. longest: tokens that the model can read at once. keys: by user number, a stable key without the user's name.
+    validation: rows of the same users that nothing is learnt from, to calibrate by.
     """
 
     settings: Settings
@@ -41,6 +42,7 @@ class RivalSetup:
     leading: int
     longest: int
     keys: Sequence[bytes]
+    validation: LabelledTexts
 
     def targets(self, rows: LabelledTexts) -> Tensor:
         """Class indices or standardised values [rows]."""

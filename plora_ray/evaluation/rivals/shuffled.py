@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ LEFT_OUT = {"tensorboard_dir", "mlflow", "warm_start", "only_users_with_new_data
 
 
 class ShuffledUsers:
-    """A generation whose every training row was given to a user drawn from all rows' users; each keeps as many rows as he has."""
+    """A generation whose every row was given to a user drawn from all rows' users; each keeps as many training rows as he has."""
 
     def __init__(self, setup: RivalSetup) -> None:
         self._setup = setup
@@ -45,13 +45,12 @@ class ShuffledUsers:
 
     def fit(self, rows: LabelledTexts, advance: Advance) -> None:
         """Raises ModelError, with the job's last lines, if the job fails."""
-        shuffled = np.random.default_rng(self._setup.course.seed).permutation(rows.users)
+        validation = self._setup.validation
+        draw = np.random.default_rng(self._setup.course.seed)
+        shuffled, watched = draw.permutation(rows.users), draw.permutation(validation.users)
         with tempfile.TemporaryDirectory(prefix="plora-shuffled-") as name:
             folder = Path(name)
-            lines = (
-                json.dumps({"user_id": _name(user), "text": text, "label": label, "split": "train"})
-                for user, text, label in zip(shuffled, rows.texts, rows.labels, strict=True)
-            )
+            lines = [*_lines("train", shuffled, rows), *_lines("validation", watched, validation)]
             (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             (folder / "settings.yaml").write_text(yaml.safe_dump(self._settings(folder)), encoding="utf-8")
             _train(folder)
@@ -99,6 +98,11 @@ class ShuffledUsers:
         training = {name: value for name, value in kept.get("training", {}).items() if name not in LEFT_OUT}
         data = {"source": str(folder / "rows.jsonl"), "max_text_chars": settings.data.max_text_chars}
         return {**kept, "training": training, "data": data, "store": {"uri": str(folder / "store")}}
+
+
+def _lines(split: str, users: Ints, rows: LabelledTexts) -> Iterator[str]:
+    for user, text, label in zip(users, rows.texts, rows.labels, strict=True):
+        yield json.dumps({"user_id": _name(user), "text": text, "label": label, "split": split})
 
 
 def _name(user: int) -> str:
