@@ -23,6 +23,7 @@ from torch import Tensor
 
 from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.calibration import scaled
+from plora_ray.adapters.centring import centred
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.halves import Halves
 from plora_ray.adapters.inject import Kind
@@ -187,7 +188,9 @@ def train_population(
     trainer.load(scaled(trainer.gathered(), find_scale(population.passes(rows), rows)))
     if table is None:
         return population
-    return replace(population, prior=estimate_prior(table, population.passes(rows), rows, "classification"))
+    prior = estimate_prior(table, population.passes(rows), rows, "classification")
+    trainer.load(centred(trainer.gathered(), prior.mean))
+    return replace(population, prior=prior.centred())
 
 
 def join_alone() -> None:

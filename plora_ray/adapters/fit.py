@@ -47,6 +47,10 @@ class UserPrior:
         """The same prior with its covariance multiplied by `factor`."""
         return UserPrior(self.mean, self.precision / factor, self.noise_variance)
 
+    def centred(self) -> UserPrior:
+        """The same prior of vectors that are counted from its mean."""
+        return UserPrior(torch.zeros_like(self.mean), self.precision, self.noise_variance)
+
     def tensors(self) -> dict[str, Tensor]:
         """The prior as named tensors, to be kept beside the shared parameters."""
         noise = torch.tensor([self.noise_variance], dtype=torch.float64)

@@ -21,13 +21,15 @@ def _rowwise(term: Tensor, like: Tensor, context: UserContext) -> Tensor:
 class PLoRALinear(nn.Module):
     """Training form of a personalised low-rank layer (Zhang et al., AAAI 2024, arXiv 2403.06208).
 
-        y = W x + b + s * B (A drop(x) + P p_u)        s = alpha / rank
+        y = W x + b + s * B (A drop(x) + q + P p_u)        s = alpha / rank
 
-    W [out, in], b [out] are frozen. A [r, in], B [out, r] (zero at start) and P [r, d] are shared by all users;
+    W [out, in], b [out] are frozen. A [r, in], B [out, r] (zero at start), P [r, d] and q [r] (zero at start) are shared by all users;
     p_u [d] is the user's own and comes from the context. x: [batch, ..., in]; y: [batch, ..., out].
+
+    q isn't the paper's: it takes up what users have in common, so that p_u = 0 is the average user (see `centring`).
     """
 
-    shared = ("A", "B", "P")
+    shared = ("A", "B", "P", "q")
 
     def __init__(self, base: nn.Linear, *, rank: int, alpha: float, user_dim: int, dropout: float, context: UserContext, name: str) -> None:
         super().__init__()
@@ -39,6 +41,7 @@ class PLoRALinear(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         self.P = nn.Parameter(torch.empty(rank, user_dim, device=device))
+        self.q = nn.Parameter(torch.zeros(rank, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.P, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout)
@@ -54,7 +57,7 @@ class PLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.A.dtype
-        low = F.linear(self.dropout(x).to(dtype), self.A)
+        low = F.linear(self.dropout(x).to(dtype), self.A, self.q)
         vectors = self.context.vectors
         if vectors is not None:
             user = F.linear(vectors.to(dtype), self.P)
@@ -71,7 +74,7 @@ class PLoRALinear(nn.Module):
 class FoldedLinear(nn.Module):
     """Serving form: everything shared is in W', a user is one small vector added to every token.
 
-        y = W' x + b + B c_u        W' = W + s B A        c_u = s P p_u
+        y = W' x + b' + B c_u        W' = W + s B A        b' = b + s B q        c_u = s P p_u
 
     The two products of the user term are one matrix U = s B P [out, d], so a row costs d multiply-adds an output.
     """
@@ -82,9 +85,12 @@ class FoldedLinear(nn.Module):
         with torch.no_grad():
             delta = (trained.B.float() @ trained.A.float()) * trained.scaling
             weight = (base.weight.float() + delta).to(base.weight.dtype)
+            bias = (trained.B.float() @ trained.q.float()) * trained.scaling
+            if base.bias is not None:
+                bias = bias + base.bias.float()
             user_map = (trained.B.float() @ trained.P.float()) * trained.scaling
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+        self.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
         self.register_buffer("user_map", user_map.to(base.weight.dtype))
         self.user_map: Tensor
         self.context = trained.context

@@ -156,15 +156,20 @@ class PersonalizedModel(nn.Module):
         return self.head(self.head_dropout(representation.to(self.head.weight.dtype)), user_vectors).float()
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters all users share and training learns: `layers.{name}.A|B` (and `P`), `head.weight|bias` and the head's terms."""
+        """The parameters all users share and training learns: `layers.{name}.A|B` (and `P|q`), `head.weight|bias` and the head's terms."""
         if self.folded:
             raise ModelError("a folded model has no separate shared parameters any more: load the generation again")
         shared = {f"layers.{name}.{part}": getattr(layer, part) for name, layer in self._layers.items() for part in layer.shared}
         return {**shared, **{f"head.{name}": parameter for name, parameter in self.head.named_parameters()}}
 
+    def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Shared tensors with what generations from before there was a q don't have: zeros."""
+        missing = {f"layers.{name}.q": torch.zeros(self.spec.rank) for name, layer in self._layers.items() if "q" in layer.shared}
+        return {**missing, **tensors}
+
     def load_shared(self, tensors: dict[str, Tensor]) -> None:
         """Copy shared tensors in; names and shapes must be exactly those of `shared_parameters`. Raises ModelError."""
-        parameters = self.shared_parameters()
+        parameters, tensors = self.shared_parameters(), self.completed(tensors)
         if missing := sorted(set(parameters) ^ set(tensors)):
             raise ModelError(f"shared parameters don't fit this model: {missing[0]} (and {len(missing) - 1} more) on one side only")
         with torch.no_grad():

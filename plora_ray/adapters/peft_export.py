@@ -1,7 +1,7 @@
 """One user's model in the terms of Hugging Face PEFT.
 
-    plora   y = W x + b + s * B (A x + P p_u)
-    PEFT    y = W x + b + s * (B' A' x + b')        with lora_bias      =>      A' = A, B' = B, b' = B P p_u
+    plora   y = W x + b + s * B (A x + q + P p_u)
+    PEFT    y = W x + b + s * (B' A' x + b')        with lora_bias      =>      A' = A, B' = B, b' = B (q + P p_u)
     lora    y = W x + b + s * B_u A_u x             is PEFT's plain LoRA       =>      A' = A_u, B' = B_u
 
 Exact, not an approximation, because the user's term of plora doesn't depend on x. Knows names and tensors; writes no files and needs
@@ -29,11 +29,11 @@ def peft_tensors(model: PersonalizedModel, user_vector: Tensor) -> dict[str, Ten
     shared = {name: parameter.detach().float().cpu() for name, parameter in model.shared_parameters().items()}
     tensors = {}
     for layer in adapted_layers(model):
-        a, b, p = (shared[f"layers.{layer}.{part}"] for part in ("A", "B", "P"))
-        user = b.double() @ (p.double() @ user_vector.double().cpu())
+        a, b, p, q = (shared[f"layers.{layer}.{part}"] for part in ("A", "B", "P", "q"))
+        bias = b.double() @ (q.double() + p.double() @ user_vector.double().cpu())
         tensors[f"{PREFIX}{layer}.lora_A.weight"] = a.contiguous()
         tensors[f"{PREFIX}{layer}.lora_B.weight"] = b.contiguous()
-        tensors[f"{PREFIX}{layer}.lora_B.bias"] = user.float()
+        tensors[f"{PREFIX}{layer}.lora_B.bias"] = bias.float()
     return tensors
 
 

@@ -75,11 +75,11 @@ def _vector(model: PersonalizedModel, tensors: Mapping[str, Tensor], head: Mappi
     shared = {name: parameter.detach().float().cpu() for name, parameter in model.shared_parameters().items()}
     rows, biases = [], []
     for layer in adapted_layers(model):
-        a, b, p = (shared[f"layers.{layer}.{part}"] for part in ("A", "B", "P"))
+        a, b, p, q = (shared[f"layers.{layer}.{part}"] for part in ("A", "B", "P", "q"))
         _same(f"{layer}.lora_A.weight", tensors[f"{PREFIX}{layer}.lora_A.weight"], a)
         _same(f"{layer}.lora_B.weight", tensors[f"{PREFIX}{layer}.lora_B.weight"], b)
         rows.append(b.double() @ p.double())
-        biases.append(tensors[f"{PREFIX}{layer}.lora_B.bias"].double())
+        biases.append(tensors[f"{PREFIX}{layer}.lora_B.bias"].double() - b.double() @ q.double())
     if head is not None and model.spec.head_terms != "none":  # it says of the vector what no layer may hear
         rows.append(_head_effect(model))
         everybodys = head_tensors(model, torch.zeros(model.user_width))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plora_ray.adapters.blocks import checkpoint_blocks
 from plora_ray.adapters.calibration import scaled
+from plora_ray.adapters.centring import centred
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.halves import Halves
 from plora_ray.adapters.labels import LabelSpace
@@ -98,11 +99,8 @@ def _run_stages(assignment: Assignment, rank: int, ranks: int, observer: Observe
     below = resources.enter_context(_below(settings.training, halves, trainer, rows))
     base = store.open_generation(assignment.base) if assignment.base is not None else None
     writer = store.resume(assignment.generation)
-    passes = FrozenPasses(
-        trainer, model, rows, batch_tokens=settings.training.batch_tokens, batch_rows=settings.training.batch_rows, below=below
-    )
     if base is not None:
-        trainer.load({name: tensor for name, tensor in base.shared().tensors.items() if name in trainer.trained})
+        trainer.load(model.completed({name: tensor for name, tensor in base.shared().tensors.items() if name in trainer.trained}))
     if base is not None and settings.training.only_users_with_new_data:
         shared = trainer.gathered()
         trainer.freeze()
@@ -115,12 +113,17 @@ def _run_stages(assignment: Assignment, rank: int, ranks: int, observer: Observe
         PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps, observer.in_step, below).run()
         shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
         trainer.freeze()
+        passes = _passes(settings.training, trainer, model, rows, below)
         if settings.training.calibrate and settings.task == "classification":
             shared = scaled(shared, _scale(run, passes, rows, rank))
             trainer.load(shared)
         prior = None if table is None else _prior(run, table, passes, rows, model, rank)
+        if prior is not None:
+            shared, prior = centred(shared, prior.mean), prior.centred()
+            trainer.load(shared)
         if rank == 0:
             writer.write_shared({**shared, **(prior.tensors() if prior else {})}, {"format": "pt"})
+    passes = _passes(settings.training, trainer, model, rows, below)  # what the first ones keep was another model's
     finished: list[set[int]] = [set(writer.finished_waves()) if rank == 0 else set()]
     dist.broadcast_object_list(finished, src=0)
     fitter, users = _fitter(settings, passes, rows, model, shared, prior), WaveUsers(plans, base, writer)
@@ -128,6 +131,10 @@ def _run_stages(assignment: Assignment, rank: int, ranks: int, observer: Observe
     stage.fit_waves([wave for wave in assignment.waves if wave.partition in plans], finished[0], _in_step(trainer))
     dist.barrier()
     observer.in_step()
+
+
+def _passes(training: TrainingSettings, trainer: ShardedTrainer, model: PersonalizedModel, rows: RankRows, below: Below) -> FrozenPasses:
+    return FrozenPasses(trainer, model, rows, batch_tokens=training.batch_tokens, batch_rows=training.batch_rows, below=below)
 
 
 def _table(settings: Settings, users: int) -> UserTable | None:

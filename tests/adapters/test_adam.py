@@ -114,7 +114,7 @@ def test_with_the_prior_adam_reaches_the_objective_that_newton_reaches() -> None
     newton = solve_users(linear, rows, passes.labels[rows], owner, 3, prior, "classification").vectors
     adam = fit_adam(
         passes, passes.rows(rows, owner), nobody(passes), prior.mean.float(), prior.precision, [1, 2, 3],
-        AdamSteps(epochs=150, learning_rate=0.02), "classification",
+        AdamSteps(epochs=400, learning_rate=0.02), "classification",
     ).vectors  # fmt: skip
 
     def objective(vectors: torch.Tensor) -> torch.Tensor:

@@ -83,13 +83,15 @@ def test_gradients_reach_the_shared_parameters_and_the_batchs_users_only(family:
 )
 def test_without_a_user_the_model_is_pefts_lora(family: str, targets: list[str]) -> None:
     model = trained(family)
-    other = peft.get_peft_model(plm(family), peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, lora_bias=True)
+    other = peft.get_peft_model(plm(family), config)
     shared = model.shared_parameters()
     with torch.no_grad():
         for name, module in other.base_model.model.named_modules():
             if hasattr(module, "lora_A"):
                 module.lora_A["default"].weight.copy_(shared[f"layers.{name}.A"])
                 module.lora_B["default"].weight.copy_(shared[f"layers.{name}.B"])
+                module.lora_B["default"].bias.copy_(shared[f"layers.{name}.B"] @ shared[f"layers.{name}.q"])
         ids, mask = batch()
         expected = other.eval()(input_ids=ids, attention_mask=mask).last_hidden_state
         found = model.plm(input_ids=ids, attention_mask=mask).last_hidden_state
