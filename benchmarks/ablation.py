@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ import torch
 import typer
 
 from benchmarks.population import Population, UserRows, rank_rows, read_users, train_population
+from plora_ray.data.rows import SPLITS
 from plora_ray.evaluation.metrics import log_softmax, row_nll
 
 NEW_USER_EXAMPLES = 8
@@ -87,9 +88,19 @@ def main(
 
 
 def _chosen(users: list[UserRows], count: int, rows: int) -> list[UserRows]:
-    """The first users with so many training rows, of which they keep so many, and validation rows; test rows are left behind."""
-    fit = [user for user in users if len(user.of_split("train")) >= rows and user.of_split("validation")]
-    return [user.take(user.of_split("train", rows) + user.of_split("validation")) for user in fit[:count]]
+    """The first users with so many training rows, of which they keep so many, and two validation rows; test rows are left behind.
+
+    Every other validation row takes the place of a test row: it is what is judged, and nothing is calibrated or fitted by it.
+    """
+    fit = [user for user in users if len(user.of_split("train")) >= rows and len(user.of_split("validation")) > 1]
+    return [_judged(user.take(user.of_split("train", rows) + user.of_split("validation"))) for user in fit[:count]]
+
+
+def _judged(user: UserRows) -> UserRows:
+    splits = list(user.splits)
+    for place in user.of_split("validation")[::2]:
+        splits[place] = SPLITS.index("test")
+    return replace(user, splits=splits)
 
 
 def _tried(variant: Variant, known: list[UserRows], new: list[UserRows], seed: int, epochs: int) -> dict[str, float]:
@@ -99,9 +110,9 @@ def _tried(variant: Variant, known: list[UserRows], new: list[UserRows], seed: i
 
 
 def _scored(population: Population, users: list[UserRows], who: str) -> dict[str, float]:
-    """Mean NLL of validation rows without and with the user, and accuracy with."""
+    """Mean NLL of judged rows without and with the user, and accuracy with."""
     rows = rank_rows(users, population.labels)
-    judged = rows.of_split("validation")
+    judged = rows.of_split("test")
     owners, truth = rows.row_users[judged], rows.labels[judged].numpy()
     passes = population.passes(rows)
     without = row_nll(log_softmax(passes.population_logits(judged).numpy()), truth)

@@ -137,7 +137,7 @@ class Population:
 
     def fit_rows(self, rows: RankRows) -> Tensor:
         """As `fit`, for rows that stand already."""
-        return self.fitter(rows, self.passes(rows)).fit(np.arange(len(rows.keys)), rows.of_split("train")).vectors
+        return self.fitter(rows, self.passes(rows)).fit(np.arange(len(rows.keys))).vectors
 
     @property
     def adam_steps(self) -> AdamSteps:

@@ -76,10 +76,10 @@ def fitted_gains(known: list[UserRows], fitted: list[UserRows], numbers: list[in
     passes, test = population.passes(rows), rows.of_split("test")
     with_guard, without_guard = (NewtonFitter(passes, rows, population.prior, "classification", guard=guard) for guard in (True, False))
     owners = rows.row_users[test]
-    found = with_guard.fit(np.arange(len(fitted)), rows.of_split("train"))
+    found = with_guard.fit(np.arange(len(fitted)))
     back, vectors = found.guarded, found.vectors
     harmed = np.flatnonzero(back.numpy())  # what they would have had
-    vectors[back] = without_guard.fit(harmed, rows.of_split("train", harmed)).vectors
+    vectors[back] = without_guard.fit(harmed).vectors
     truth = rows.labels[test].numpy()
     logits = passes.population_logits(test), passes.user_logits(test, vectors, torch.from_numpy(owners))
     without, personal = (row_nll(log_softmax(scores.double().numpy()), truth) for scores in logits)

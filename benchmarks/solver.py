@@ -67,7 +67,7 @@ class Task:
         """Adam on the true model under the same prior; no validation rows, so it makes all its epochs."""
         steps = AdamSteps(epochs=epochs, learning_rate=ADAM_LEARNING_RATES["plora"])
         fitter = self.population.fitter(self.rows, self.population.passes(self.rows), steps)
-        return Fitted(fitter.fit(np.arange(self.users), self.train).vectors, 2.0 * epochs)
+        return Fitted(fitter.fit(np.arange(self.users)).vectors, 2.0 * epochs)
 
     def _at_each_user(self, vectors: Tensor) -> Linearisation:
         """Linearised at every row's own user's vector: texts can't be shared any more. `point` is [users, d] here."""

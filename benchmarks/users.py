@@ -103,7 +103,7 @@ def _one_by_one(opponent: OneByOne, members: list[UserRows], epochs: int) -> Non
 def _fit(population: Population, rows: RankRows, epochs: int) -> Tensor:
     """Vectors [users, width]. epochs: of Adam; Newton's method has none."""
     steps = None if population.prior is not None else replace(population.adam_steps, epochs=epochs)
-    return population.fitter(rows, population.passes(rows), steps).fit(np.arange(len(rows.keys)), rows.of_split("train")).vectors
+    return population.fitter(rows, population.passes(rows), steps).fit(np.arange(len(rows.keys))).vectors
 
 
 def _ours_by_epoch(population: Population, users: list[UserRows]) -> list[float]:

@@ -136,12 +136,12 @@ def solve_users(
     p = prior.mean.expand(count, -1).clone()
     objective = problem.objective(p)
     converged = torch.zeros(count, dtype=torch.bool)
-    for _ in range(NEWTON_STEPS):
+    for step in range(NEWTON_STEPS):
         gradient, hessian = problem.derivatives(p)
         factor = torch.linalg.cholesky(hessian)
         direction = -torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
         decrement = -(gradient * direction).sum(-1)
-        converged = decrement < TOLERANCE
+        converged = (decrement < TOLERANCE) & (step > 0)  # who has rows leaves the prior's mean, however little
         if bool(converged.all()):
             break
         direction[converged] = 0.0

@@ -22,15 +22,15 @@ NO_ROWS = np.empty(0, np.int64)
 class WaveFitter(Protocol):
     """Fits users with everything shared frozen."""
 
-    def fit(self, users: np.ndarray, train: np.ndarray) -> FittedUsers:
-        """Fit `users` [users] (ascending, of the rank) on their training rows `train` (ascending).
+    def fit(self, users: np.ndarray) -> FittedUsers:
+        """Fit `users` [users] (ascending, of the rank) on their rows.
 
         Where the model is sharded, all ranks must call, one that has nothing left to do with no users.
         """
 
 
 class NewtonFitter:
-    """Posterior modes of user vectors under `prior`, in blocks of users of bounded memory.
+    """Posterior modes of user vectors under `prior`, given all of `RankRows.to_fit`, in blocks of users of bounded memory.
 
     guard: users whom their mode harms get the population's vector, which is zero.
     """
@@ -39,9 +39,9 @@ class NewtonFitter:
         self._passes, self._rows, self._prior, self._task = passes, rows, prior, task
         self._fallback = torch.zeros(len(prior.mean)) if guard else None
 
-    def fit(self, users: np.ndarray, train: np.ndarray) -> FittedUsers:
-        parts = []
-        for block in self._passes.in_step(newton_blocks(users, train, self._rows, len(self._prior.mean), self._passes.outputs)):
+    def fit(self, users: np.ndarray) -> FittedUsers:
+        own, parts = self._rows.to_fit(users), []
+        for block in self._passes.in_step(newton_blocks(users, own, self._rows, len(self._prior.mean), self._passes.outputs)):
             mine, rows = block or (NO_ROWS, NO_ROWS)
             linear, texts = self._passes.linearise(rows, self._prior.mean)
             if block is not None:
@@ -54,26 +54,26 @@ class NewtonFitter:
         return FittedUsers(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(FittedUsers)))
 
 
-def newton_blocks(users: np.ndarray, train: np.ndarray, rows: RankRows, dim: int, outputs: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Users and their training rows, both ascending, in blocks of about NEWTON_BLOCK_BYTES, at least one user each."""
-    starts = np.searchsorted(rows.row_users[train], users)
-    stops = np.append(starts[1:], len(train)) if len(users) else starts
+def newton_blocks(users: np.ndarray, own: np.ndarray, rows: RankRows, dim: int, outputs: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Users and their `own` rows, both ascending, in blocks of about NEWTON_BLOCK_BYTES, at least one user each."""
+    starts = np.searchsorted(rows.row_users[own], users)
+    stops = np.append(starts[1:], len(own)) if len(users) else starts
     held = newton_user_bytes(dim) + (stops - starts) * newton_row_bytes(dim, outputs)
     blocks, first, total = [], 0, 0
     for place, size in enumerate(held.tolist()):
         if place > first and total + size > NEWTON_BLOCK_BYTES:
-            blocks.append((users[first:place], train[starts[first] : starts[place]]))
+            blocks.append((users[first:place], own[starts[first] : starts[place]]))
             first, total = place, 0
         total += size
     if len(users):
-        blocks.append((users[first:], train[starts[first] :]))
+        blocks.append((users[first:], own[starts[first] :]))
     return blocks
 
 
 class AdamFitter:
     """Users by their own Adam, from `start` [width] and pulled towards it with `precision` [width, width] or lambda.
 
-    Users with validation rows stop early on them.
+    Learns from training rows; users with validation rows stop early on those.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class AdamFitter:
         self._passes, self._rows, self._steps, self._task = passes, rows, steps, task
         self._start, self._precision = start.float().to(passes.device), precision
 
-    def fit(self, users: np.ndarray, train: np.ndarray) -> FittedUsers:
-        held_out = self._rows.of_split("validation", users)
+    def fit(self, users: np.ndarray) -> FittedUsers:
+        train, held_out = (self._rows.of_split(split, users) for split in ("train", "validation"))
         seeds = [int.from_bytes(self._rows.keys[user].tobytes()[:8], "big") for user in users]
         return fit_adam(
             self._passes, self._of(users, train), self._of(users, held_out), self._start, self._precision, seeds, self._steps, self._task

@@ -1,7 +1,7 @@
 """Passes through the frozen model in the user stage: each different text once where the user doesn't matter.
 
-At one common vector, logits and Jacobians depend on the text alone; a bounded cache keeps those of texts that several training
-rows have, over users and waves.
+At one common vector, logits and Jacobians depend on the text alone; a bounded cache keeps those of texts that several rows to fit
+have, over users and waves.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ class FrozenPasses:
 
     @cached_property
     def _comes_again(self) -> np.ndarray:
-        """[texts] bool: whether several training rows have the text; what one row has needn't be kept for another."""
+        """[texts] bool: whether several rows to fit have the text; what one row has needn't be kept for another."""
         texts = self._rows.texts
-        return np.bincount(texts[self._rows.of_split("train")], minlength=int(texts.max(initial=-1)) + 1) > 1
+        return np.bincount(texts[self._rows.to_fit(None)], minlength=int(texts.max(initial=-1)) + 1) > 1
 
     def _distinct(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The different texts among `rows`, a row that has each, and each row's index into them."""

@@ -27,16 +27,16 @@ CALIBRATION_ROWS = 1024  # training rows a rank looks at
 
 
 def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
-    """The prior that all ranks agree on. All ranks must call; needs no validation rows."""
+    """The prior that all ranks agree on. All ranks must call; validation rows are welcome and not needed."""
     prior = _moments_of(table, rows)
     users, dim = _calibration_users(rows), len(prior.mean)
-    train = rows.of_split("train", users)
-    linear, texts = passes.linearise(train, prior.mean)
-    blocks = newton_blocks(users, train, rows, dim, passes.outputs)
+    chosen = rows.to_fit(users)
+    linear, texts = passes.linearise(chosen, prior.mean)
+    blocks = newton_blocks(users, chosen, rows, dim, passes.outputs)
 
     def moments_of(under: UserPrior, mine: np.ndarray, own: np.ndarray) -> PosteriorMoments:
         local = torch.from_numpy(np.searchsorted(mine, rows.row_users[own]))
-        return posterior_moments(linear, texts[np.searchsorted(train, own)], rows.labels[own], local, len(mine), under, task)
+        return posterior_moments(linear, texts[np.searchsorted(chosen, own)], rows.labels[own], local, len(mine), under, task)
 
     def posterior(under: UserPrior) -> PosteriorMoments:
         return _summed((moments_of(under, mine, own) for mine, own in blocks), dim)

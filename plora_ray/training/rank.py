@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from plora_ray.training.user_stage import UserStage, WaveDone
 from plora_ray.training.user_table import UserTable
 from plora_ray.training.wave_users import WaveUsers
 from plora_ray.training.waves import Wave, owned_partitions
+
+Found = TypeVar("Found")
 
 USERS_AT_ONCE = 4096  # whose records are read from the base in one go
 
@@ -111,19 +113,10 @@ def _run_stages(assignment: Assignment, rank: int, ranks: int, observer: Observe
             start_at(base, rows.keys, table)
         checkpoints = PopulationCheckpoints(store.objects, run.folder, rank)
         PopulationStage(trainer, rows, table, settings.training, rank, checkpoints, observer.on_steps, observer.in_step, below).run()
-        shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
-        trainer.freeze()
-        passes = _passes(settings.training, trainer, model, rows, below)
-        if settings.training.calibrate and settings.task == "classification":
-            shared = scaled(shared, _scale(run, passes, rows, rank))
-            trainer.load(shared)
-        prior = None if table is None else _prior(run, table, passes, rows, model, rank)
-        if prior is not None:
-            shared, prior = centred(shared, prior.mean), prior.centred()
-            trainer.load(shared)
+        shared, prior = _settled(settings, run, trainer, _passes(settings.training, trainer, model, rows, below), rows, table)
         if rank == 0:
             writer.write_shared({**shared, **(prior.tensors() if prior else {})}, {"format": "pt"})
-    passes = _passes(settings.training, trainer, model, rows, below)  # what the first ones keep was another model's
+    passes = _passes(settings.training, trainer, model, rows, below)  # anew: what others keep may be of parameters that moved since
     finished: list[set[int]] = [set(writer.finished_waves()) if rank == 0 else set()]
     dist.broadcast_object_list(finished, src=0)
     fitter, users = _fitter(settings, passes, rows, model, shared, prior), WaveUsers(plans, base, writer)
@@ -203,28 +196,36 @@ def _below(training: TrainingSettings, halves: Halves | None, trainer: ShardedTr
         yield kept.under
 
 
-def _scale(run: RunState, passes: FrozenPasses, rows: RankRows, rank: int) -> float:
-    """What the run multiplies logits by: kept from before, or found over all ranks' validation rows."""
-    kept: list[float | None] = [run.load_scale() if rank == 0 else None]
+def _settled(
+    settings: Settings, run: RunState, trainer: ShardedTrainer, passes: FrozenPasses, rows: RankRows, table: UserTable | None
+) -> tuple[dict[str, Tensor], UserPrior | None]:
+    """What all users share, as it stays from here on, and their prior (kind plora): calibrated, and with the average user at zero.
+
+    What is found over all ranks' rows is found once a run: all waves are fitted under the same.
+    """
+    shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
+    trainer.freeze()
+    if settings.training.calibrate and settings.task == "classification":
+        shared = scaled(shared, _once(run.load_scale, lambda: find_scale(passes, rows), run.save_scale))
+        trainer.load(shared)
+    if table is None:
+        return shared, None
+    prior = _once(run.load_prior, lambda: estimate_prior(table, passes, rows, settings.task), run.save_prior)
+    shared = centred(shared, prior.mean)
+    trainer.load(shared)
+    return shared, prior.centred()
+
+
+def _once(load: Callable[[], Found | None], find: Callable[[], Found], save: Callable[[Found], None]) -> Found:
+    """What the first rank finds kept; else what all ranks find together, and it keeps."""
+    kept: list[Found | None] = [load() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(kept, src=0)
     if kept[0] is not None:
         return kept[0]
-    scale = find_scale(passes, rows)
-    if rank == 0:
-        run.save_scale(scale)
-    return scale
-
-
-def _prior(run: RunState, table: UserTable, passes: FrozenPasses, rows: RankRows, model: PersonalizedModel, rank: int) -> UserPrior:
-    """The run's prior: kept from before, or estimated over all ranks' users."""
-    kept: list[UserPrior | None] = [run.load_prior() if rank == 0 else None]
-    dist.broadcast_object_list(kept, src=0)
-    if kept[0] is not None:
-        return kept[0]
-    prior = estimate_prior(table, passes, rows, model.spec.task)
-    if rank == 0:
-        run.save_prior(prior)
-    return prior
+    found = find()
+    if dist.get_rank() == 0:
+        save(found)
+    return found
 
 
 def _fitter(

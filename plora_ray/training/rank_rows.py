@@ -71,12 +71,23 @@ class RankRows:
 
     def of_split(self, split: SplitName, users: np.ndarray | None = None) -> np.ndarray:
         """Indices of the rows in a split, of all users or of `users` (ascending)."""
+        return self._in_splits([split], users)
+
+    def to_fit(self, users: np.ndarray | None) -> np.ndarray:
+        """Indices of the rows to fit `users` (ascending; None: all) on once what all share stands: to train and to validate.
+
+        What is shared has learnt the training rows' labels, this user's among them; a validation row tells more of its user.
+        """
+        return self._in_splits(["train", "validation"], users)
+
+    def _in_splits(self, splits: list[SplitName], users: np.ndarray | None) -> np.ndarray:
+        codes = [SPLIT_CODES[split] for split in splits]
         if users is None:
-            return np.flatnonzero((self._split == SPLIT_CODES[split]) & ~self.erased[self.row_users])
+            return np.flatnonzero(np.isin(self._split, codes) & ~self.erased[self.row_users])
         if not len(users):
             return np.empty(0, np.int64)
         low, high = np.searchsorted(self.row_users, [users[0], users[-1] + 1])
-        chosen = (self._split[low:high] == SPLIT_CODES[split]) & ~self.erased[self.row_users[low:high]]
+        chosen = np.isin(self._split[low:high], codes) & ~self.erased[self.row_users[low:high]]
         rows = low + np.flatnonzero(chosen)
         return rows[np.isin(self.row_users[rows], users)]
 

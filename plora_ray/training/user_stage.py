@@ -60,7 +60,7 @@ class UserStage:
         self.rows.mark_erased(erased)  # a job runs for hours; whoever left meanwhile is left out from here on
         users = self._users(wave)
         train, held_out = self.rows.of_split("train", users), self.rows.of_split("test", users)
-        fitted = self.fitter.fit(users, train)
+        fitted = self.fitter.fit(users)
         local = np.searchsorted(users, self.rows.row_users[train])
         tested = np.searchsorted(users, self.rows.row_users[held_out])
         population = self.passes.population_logits(held_out)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from plora_ray.adapters import leave_one_out
 from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.calibration import SCALES, best_scale, scale_losses
-from plora_ray.adapters.fit import FittedUsers, UserPrior
+from plora_ray.adapters.fit import UserPrior, solve_users
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.data.table import PartitionTable
@@ -73,21 +73,25 @@ def passes(rows: RankRows) -> FrozenPasses:
     return FrozenPasses(OneRank(), model, rows, batch_tokens=64, batch_rows=8)  # type: ignore[arg-type]
 
 
-def fit(fitter: NewtonFitter | AdamFitter, rows: RankRows, users: np.ndarray) -> FittedUsers:
-    return fitter.fit(users, rows.of_split("train", users))
-
-
 def test_newton_in_blocks_of_bounded_memory_finds_what_it_finds_at_once(
     rows: RankRows, passes: FrozenPasses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newton, users = NewtonFitter(passes, rows, PRIOR, "classification"), np.unique(rows.row_users[rows.of_split("train")])
-    whole = fit(newton, rows, users)
+    whole = newton.fit(users)
     monkeypatch.setattr(fitters, "NEWTON_BLOCK_BYTES", 4000)
-    assert 3 < len(newton_blocks(users, rows.of_split("train", users), rows, DIM, 3)) <= len(users)
-    blocks = fit(newton, rows, users)
+    assert 3 < len(newton_blocks(users, rows.to_fit(users), rows, DIM, 3)) <= len(users)
+    blocks = newton.fit(users)
     assert torch.allclose(blocks.vectors, whole.vectors, atol=1e-5) and whole.vectors.shape == (USERS, DIM)
     assert torch.allclose(blocks.remaining, whole.remaining, atol=1e-5) and bool((whole.remaining < 1).all())
-    assert fit(newton, rows, users[:0]).vectors.shape == (0, DIM), "an idle wave"
+    assert newton.fit(users[:0]).vectors.shape == (0, DIM), "an idle wave"
+
+
+def test_newton_fits_a_user_on_training_and_validation_rows_together(rows: RankRows, passes: FrozenPasses) -> None:
+    user = np.array([USERS - 1])
+    own = np.flatnonzero(rows.row_users == user[0])
+    linear, texts = passes.linearise(own, PRIOR.mean)
+    expected = solve_users(linear, texts, rows.labels[own], torch.zeros(len(own), dtype=torch.int64), 1, PRIOR, "classification")
+    assert torch.allclose(NewtonFitter(passes, rows, PRIOR, "classification").fit(user).vectors, expected.vectors, atol=1e-5)
 
 
 def test_guarded_users_get_the_populations_vector_whatever_the_blocks_and_nobody_else_changes(
@@ -95,27 +99,27 @@ def test_guarded_users_get_the_populations_vector_whatever_the_blocks_and_nobody
 ) -> None:
     monkeypatch.setattr(leave_one_out, "EVIDENCE_NATS", 0.0)  # few rows of few users: any loss is to count
     users = np.unique(rows.row_users[rows.of_split("train")])
-    plain = fit(NewtonFitter(passes, rows, PRIOR, "classification"), rows, users)
-    guarded = fit(NewtonFitter(passes, rows, PRIOR, "classification", guard=True), rows, users)
+    plain = NewtonFitter(passes, rows, PRIOR, "classification").fit(users)
+    guarded = NewtonFitter(passes, rows, PRIOR, "classification", guard=True).fit(users)
     back = guarded.guarded
     assert 0 < int(back.sum()) < USERS and not bool(plain.guarded.any())
     assert bool((guarded.vectors[back] == 0).all()) and torch.allclose(guarded.vectors[~back], plain.vectors[~back], atol=1e-5)
     monkeypatch.setattr(fitters, "NEWTON_BLOCK_BYTES", 4000)
-    assert torch.equal(fit(NewtonFitter(passes, rows, PRIOR, "classification", guard=True), rows, users).guarded, back)
+    assert torch.equal(NewtonFitter(passes, rows, PRIOR, "classification", guard=True).fit(users).guarded, back)
 
 
 def test_adam_moves_users_towards_what_newton_finds_and_each_as_alone(rows: RankRows, passes: FrozenPasses) -> None:
     users = np.unique(rows.row_users[rows.of_split("train")])[:5]
     steps = AdamSteps(epochs=25, learning_rate=0.1, patience=100)
     adam = AdamFitter(passes, rows, PRIOR.mean, PRIOR.precision, steps, "classification")
-    newton = fit(NewtonFitter(passes, rows, PRIOR, "classification"), rows, users).vectors - PRIOR.mean.float()
-    found = fit(adam, rows, users)
+    newton = NewtonFitter(passes, rows, PRIOR, "classification").fit(users).vectors - PRIOR.mean.float()
+    found = adam.fit(users)
     moved = found.vectors - PRIOR.mean.float()
     none_held_out = [user for user in users if not len(rows.of_split("validation", np.array([user])))]
     for user in none_held_out:
         assert torch.cosine_similarity(moved[user], newton[user], dim=0) > 0.9
     assert none_held_out and torch.isnan(found.remaining).all()
-    assert torch.allclose(fit(adam, rows, users[4:5]).vectors[0], found.vectors[4], atol=1e-5)
+    assert torch.allclose(adam.fit(users[4:5]).vectors[0], found.vectors[4], atol=1e-5)
 
 
 def test_the_passes_keep_no_more_bytes_than_they_may_and_forget_nothing_that_they_return(
@@ -135,8 +139,8 @@ def test_the_passes_keep_no_more_bytes_than_they_may_and_forget_nothing_that_the
     assert held <= 8_000 and all(numbers.base is None for numbers in kept.values()), "a view keeps its whole batch alive"
 
 
-def test_only_texts_that_several_training_rows_have_are_kept(rows: RankRows, passes: FrozenPasses) -> None:
-    train = rows.of_split("train")
+def test_only_texts_that_several_rows_to_fit_have_are_kept(rows: RankRows, passes: FrozenPasses) -> None:
+    train = rows.to_fit(None)
     passes.linearise(train, PRIOR.mean)
     by_tokens: dict[bytes, list[int]] = {}
     for row in train:

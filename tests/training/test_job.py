@@ -70,7 +70,7 @@ def segments(store: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def test_the_job_publishes_an_adapter_for_every_user_and_its_last_line_says_so(tiny_tree: Tree, tmp_path: Path) -> None:
-    tiny_tree["training"] |= {"tensorboard_dir": str(tmp_path / "board"), "guard": True}
+    tiny_tree["training"] |= {"tensorboard_dir": str(tmp_path / "board"), "guard": True, "learning_rate": 0.01, "user_learning_rate": 0.05}
     config = write(tiny_tree, tmp_path)
     result = train(config)
     assert set(result) == {"generation", "users", "examples", "store", "report", "report_html", "seconds", "active"}
