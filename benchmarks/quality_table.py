@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from plora_ray.evaluation.comparison import POPULATION, compare
-from plora_ray.evaluation.metrics import Floats, Ints, row_nll
+from plora_ray.evaluation.metrics import Floats, Ints, log_softmax, row_nll
 from plora_ray.evaluation.user_gains import UserGains
 
 SUBJECTS = {"full": "with_user", "few": "with_user", "zero": POPULATION}
@@ -42,8 +42,13 @@ class Point:
         return judged.harmed if judged.judged else None
 
 
-def lines_of(runs: Sequence[Sequence[Point]], costs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line a protocol and predictor. Seeds are pooled; intervals and p by users as a whole, so that a user's seeds count as one."""
+def lines_of(
+    runs: Sequence[Sequence[Point]], costs: Sequence[dict[str, Any]], scales: Sequence[dict[str, float]]
+) -> list[dict[str, Any]]:
+    """One line a protocol and predictor. Seeds are pooled; intervals and p by users as a whole, so that a user's seeds count as one.
+
+    scales: of each run, by trained baseline, what its logits were multiplied by to calibrate it.
+    """
     lines = []
     for first in runs[0]:
         points = [next(point for point in run if (point.protocol, point.examples) == (first.protocol, first.examples)) for run in runs]
@@ -60,12 +65,23 @@ def lines_of(runs: Sequence[Sequence[Point]], costs: Sequence[dict[str, Any]]) -
                 "users": found.users, "rows": len(first.labels),
                 "accuracy": scores.intervals["accuracy"].to_json(), "nll": scores.intervals["nll"].to_json(),
                 "nll_of_seeds": [round(float(value), 5) for value in of_seeds],
+                "nll_as_trained": as_trained(name, points, scales),
                 "macro_f1": macro_f1(predicted[name].argmax(1), labels, users),
                 "gain": None if gain is None else gain.to_json(),
                 "harmed": round(float(np.mean(harmed)), 4) if harmed else None,
                 "cost": costs[0].get(name), "ms": _milliseconds(costs, name),
             })  # fmt: skip
     return lines
+
+
+def as_trained(name: str, points: Sequence[Point], scales: Sequence[dict[str, float]]) -> float | None:
+    """Mean NLL over seeds of a trained baseline that isn't calibrated; None for what is no trained baseline."""
+    if any(name not in found for found in scales):
+        return None
+    losses = [
+        row_nll(log_softmax(point.predicted[name] / found[name]), point.labels).mean() for point, found in zip(points, scales, strict=True)
+    ]
+    return round(float(np.mean(losses)), 5)
 
 
 def macro_f1(answers: Ints, labels: Ints, users: Ints, draws: int = 1000) -> dict[str, float]:
@@ -98,10 +114,12 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
         title = f"{point[0]}-shot" + (f", {point[1]} examples" if point[1] else "")
         seeds = f"{mine[0]['seeds']} seed{'s' if mine[0]['seeds'] > 1 else ''}"
         parts.append(f"\n{title}: {mine[0]['users']} users, {mine[0]['rows']} test rows, {seeds}\n")
-        parts.append("| predictor | NLL | accuracy | macro F1 | ours gains, NLL | p | harmed |\n|---|---|---|---|---|---|---|")
+        parts.append("| predictor | NLL | as trained | accuracy | macro F1 | ours gains, NLL | p | harmed |\n" + "|---" * 8 + "|")
         for line in mine:
             gain = line["gain"]
-            cells = [line["predictor"], *(_spread(line[name]) for name in ("nll", "accuracy", "macro_f1"))]
+            raw = line["nll_as_trained"]
+            cells = [line["predictor"], _spread(line["nll"]), "" if raw is None else f"{raw:.3f}"]
+            cells += [_spread(line[name]) for name in ("accuracy", "macro_f1")]
             cells += [f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})", f"{gain['p']:.2g}"] if gain else ["", ""]
             parts.append("| " + " | ".join([*cells, "" if line["harmed"] is None else f"{100 * line['harmed']:.0f} %"]) + " |")
     costs = {line["predictor"]: (line["cost"], line["ms"]) for line in lines if line["cost"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from benchmarks.quality_table import Point, lines_of, markdown
@@ -24,7 +25,7 @@ def point(seed: int) -> Point:
 
 def test_a_line_has_scikit_learns_figures_of_all_seeds_together() -> None:
     points = [Point.from_json(point(seed).to_json()) for seed in (0, 1)]
-    lines = lines_of([[points[0]], [points[1]]], [{"population": COST}] * 2)
+    lines = lines_of([[points[0]], [points[1]]], [{"population": COST}] * 2, [{"population-lora": 0.5}, {"population-lora": 2.0}])
     labels = np.concatenate([found.labels for found in points])
     for line in lines:
         predicted = np.concatenate([found.predicted[line["predictor"]] for found in points])
@@ -32,11 +33,17 @@ def test_a_line_has_scikit_learns_figures_of_all_seeds_together() -> None:
         assert line["macro_f1"]["mean"] == pytest.approx(f1_score(labels, predicted.argmax(1), average="macro"), abs=1e-5)
         assert line["nll"]["mean"] == pytest.approx(log_loss(labels, np.exp(predicted)), abs=1e-4)
         assert line["macro_f1"]["low"] < line["macro_f1"]["mean"] < line["macro_f1"]["high"]
+    uncalibrated = [
+        log_loss(found.labels, softmax(found.predicted["population-lora"] / scale, axis=1))
+        for found, scale in zip(points, (0.5, 2.0), strict=True)
+    ]
+    expected = {"population-lora": pytest.approx(np.mean(uncalibrated), abs=1e-4), "population": None, "with_user": None}
+    assert {line["predictor"]: line["nll_as_trained"] for line in lines} == expected
     assert "| population |" in markdown(lines) and "| 10.0 |" in markdown(lines)
 
 
 def test_the_same_seed_three_times_gives_the_interval_and_the_p_value_of_once() -> None:
-    once, thrice = (lines_of([[point(0)]] * count, [{}] * count) for count in (1, 3))
+    once, thrice = (lines_of([[point(0)]] * count, [{}] * count, [{}] * count) for count in (1, 3))
     for one, three in zip(once, thrice, strict=True):
         for name in ("accuracy", "nll", "macro_f1", "gain"):
             if one[name] is not None:
