@@ -73,8 +73,7 @@ class ReleasedPlora:
         def loss_of(batch: Ints) -> Tensor:
             return self.loss([ids[row] for row in batch], table[torch.from_numpy(places[batch])], targets[torch.from_numpy(batch)])
 
-        shared = self._objective.model.shared_parameters().values()
-        self._course.train([*shared, table], [len(row) for row in ids], loss_of, advance)
+        self._course.train([*self._shared(), table], [len(row) for row in ids], loss_of, advance)
         self._objective.eval()
         self._vectors = {int(user): table.detach()[place] for place, user in enumerate(users)}
 
@@ -107,8 +106,12 @@ class ReleasedPlora:
         )  # fmt: skip
 
     def size(self) -> Size:
-        shared = sum(parameter.numel() for parameter in self._objective.model.shared_parameters().values())
+        shared = sum(parameter.numel() for parameter in self._shared())
         return Size(USER_DIM, shared + USER_DIM * len(self._vectors))
+
+    def _shared(self) -> list[nn.Parameter]:
+        """A, B, P and the head: the paper's layers have no q, which stays zero here."""
+        return [parameter for name, parameter in self._objective.model.shared_parameters().items() if not name.endswith(".q")]
 
     def _forward(self, input_ids: Tensor, mask: Tensor, vectors: Tensor) -> Tensor:
         return self._objective.model(input_ids.to(self._setup.device), mask.to(self._setup.device), vectors)
