@@ -14,16 +14,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
+from plora_ray.adapters.calibration import best_scale, scale_losses
 from plora_ray.adapters.objective import MutualInformation
 from plora_ray.adapters.pretrained import load_plm, load_tokenizer
 from plora_ray.config import Settings, parse_settings
 from plora_ray.errors import ConfigError
-from plora_ray.evaluation.metrics import row_nll
+from plora_ray.evaluation.metrics import log_softmax, row_nll
 from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.protocols import evaluate_store
 from plora_ray.evaluation.rivals import released
 from plora_ray.evaluation.rivals.identifiers import IDENTIFIER_TOKENS, identifier
-from plora_ray.evaluation.rivals.panel import setup_of
+from plora_ray.evaluation.rivals.panel import RivalPanel, setup_of
 from plora_ray.evaluation.rivals.registry import RIVALS, build_rivals
 from plora_ray.evaluation.rivals.released import Recipe, ReleasedPlora
 from plora_ray.evaluation.rivals.rival import RivalSetup
@@ -208,7 +209,7 @@ def test_a_report_has_each_trained_baseline_with_its_parameters_and_latency_and_
         assert set(names) < set(report["protocols"][protocol]["predictors"])
         assert all(0 <= report["protocols"][protocol]["gain_over"][name]["nll"]["p"] <= 1 for name in names)
     zero = report["protocols"]["zero"]["predictors"]
-    assert zero["lora-per-user"] == zero["population-lora"]  # what was learnt of new users in few-shot is forgotten
+    assert zero["lora-per-user"]["accuracy"] == zero["population-lora"]["accuracy"]  # what was learnt of new users in few-shot is forgotten
     costs, lora = report["predictor_costs"], 2 * 2 * (4 * 32 + 4 * 32) + 2 * 32 + 2
     assert set(costs) == {"with_user", "population", *names}
     assert all(cost["seconds_per_request"] > 0 for cost in costs.values())
@@ -217,7 +218,33 @@ def test_a_report_has_each_trained_baseline_with_its_parameters_and_latency_and_
     assert costs["with_user"]["parameters_in_all"] - costs["population"]["parameters_in_all"] == 4 * 24
     page, plain = (tmp_path / "report.html").read_text(), json.dumps(report)
     assert "PEFT LoRA for each user" in page and "parameters a user" in page
+    assert set(report["logit_scales"]) == set(names) and "validation rows chose what their logits are multiplied by" in page
     assert not [secret for secret in world.secrets if secret in page or secret in plain]
+
+
+def test_every_trained_baseline_is_calibrated_on_validation_rows_as_the_generation_is(world: World, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in world.data.read_text().splitlines()]
+    held_out = [{**row, "split": "validation"} if place % 3 and row["split"] == "train" else row for place, row in enumerate(lines)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    loaded, settings = load_generation(world.store), settings_of(world)
+    settings = settings.model_copy(update={"data": world.with_data(source=str(tmp_path / "rows.jsonl")).data})
+    found = {}
+    with Stages() as stages:
+        stages.begin("reading", 0)
+        rows = read_rows(
+            settings.data, world.store, loaded.reader, loaded.labels, seed=0, examples_kept=4, on_unit=stages.at, keep_training=True
+        )
+        assert rows.validation is not None
+        assert len(rows.validation.users) == sum(row["split"] == "validation" and row["cohort"] == "a" for row in held_out) > 100
+        for calibrate in (True, False):
+            with_it = settings.model_copy(update={"training": settings.training.model_copy(update={"calibrate": calibrate})})
+            panel = RivalPanel(["population-lora"], with_it, loaded, rows, stages)
+            found[calibrate] = panel.scales, panel.predict(np.arange(len(rows.labels)), None)["population-lora"]
+            logits = torch.from_numpy(panel._rivals["population-lora"].logits(rows.validation.users, rows.validation.texts))
+    labels = loaded.labels.encode(list(rows.validation.labels))
+    (scales, calibrated), (none, as_trained) = found[True], found[False]
+    assert none == {} and scales == {"population-lora": best_scale(scale_losses(logits, labels))}
+    np.testing.assert_allclose(calibrated, log_softmax(scales["population-lora"] * as_trained), atol=1e-5)
 
 
 def test_users_shuffled_among_the_rows_gain_nothing(parts: tuple[RivalSetup, EvaluationRows]) -> None:
