@@ -72,8 +72,8 @@ def main(
         raise typer.BadParameter(f"there is no variant {sorted(unknown)[0]}: {', '.join(VARIANTS)}")
     out.mkdir(parents=True, exist_ok=True)
     cohorts = read_users(data, max_length)
-    known = _chosen(cohorts["a"], known_users, rows)
-    new = _chosen(cohorts["b"], new_users, NEW_USER_EXAMPLES)
+    known = chosen_users(cohorts["a"], known_users, rows)
+    new = chosen_users(cohorts["b"], new_users, NEW_USER_EXAMPLES)
     found: dict[str, list[dict[str, float]]] = {}
     for seed in (int(text) for text in seeds.split(",")):
         for name in only or VARIANTS:
@@ -87,7 +87,7 @@ def main(
         print(f"| {name} | " + " | ".join(f"{means[figure]:.4f}" for figure in means) + " |", flush=True)
 
 
-def _chosen(users: list[UserRows], count: int, rows: int) -> list[UserRows]:
+def chosen_users(users: list[UserRows], count: int, rows: int) -> list[UserRows]:
     """The first users with so many training rows, of which they keep so many, and two validation rows; test rows are left behind.
 
     Every other validation row takes the place of a test row: it is what is judged, and nothing is calibrated or fitted by it.

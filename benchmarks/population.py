@@ -111,13 +111,17 @@ LORA_FIT = Settings.model_validate({"adapter": {"kind": "lora"}}).user_fit()
 
 @dataclass(frozen=True)
 class Population:
-    """What the population stage leaves: the model, everything shared in it frozen, and for kind plora its users' prior."""
+    """What the population stage leaves: the model, everything shared in it frozen, and for kind plora its users' prior.
+
+    mean: that of the users' vectors as they were trained, from which they are counted now; [d].
+    """
 
     model: PersonalizedModel
     trainer: ShardedTrainer
     labels: LabelSpace
     prior: UserPrior | None
     halves: Halves | None = None
+    mean: Tensor | None = None
 
     def below(self, rows: RankRows) -> Below:
         """Hidden states of `rows` below the lowest adapter, kept in memory where only top layers have adapters."""
@@ -185,12 +189,13 @@ def train_population(
         checkpoints = PopulationCheckpoints(ObjectStore(folder), "run", 0)
         PopulationStage(trainer, rows, table, settings, 0, checkpoints, bar.on_steps, lambda: None, population.below(rows)).run()
     trainer.freeze()
-    trainer.load(scaled(trainer.gathered(), find_scale(population.passes(rows), rows)))
+    if settings.calibrate:
+        trainer.load(scaled(trainer.gathered(), find_scale(population.passes(rows), rows)))
     if table is None:
         return population
     prior = estimate_prior(table, population.passes(rows), rows, "classification")
     trainer.load(centred(trainer.gathered(), prior.mean))
-    return replace(population, prior=prior.centred())
+    return replace(population, prior=prior.centred(), mean=prior.mean)
 
 
 def join_alone() -> None:
