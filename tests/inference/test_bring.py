@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plora_ray.adapters.inject import Kind
+from plora_ray.adapters.peft_export import PREFIX
 from plora_ray.errors import DataError, ErasedDuringFit
 from plora_ray.inference import bring
 from plora_ray.inference.bring import import_user
@@ -137,12 +138,16 @@ def test_what_is_no_checkpoint_of_the_generation_is_refused_and_nothing_is_writt
 
 
 def test_an_adapter_that_lies_too_far_out_is_refused(world: tuple[AdapterStore, Path], checkpoint: Path, kind: Kind) -> None:
-    ending = "lora_B.bias" if kind == "plora" else "lora_B.weight"
+    shared = world[0].open_generation().shared().tensors
 
     def farther(found: dict[str, Tensor]) -> None:
         for name in found:
-            if name.endswith(ending):
+            if kind == "lora" and name.endswith("lora_B.weight"):
                 found[name] *= 1000
+            elif name.endswith("lora_B.bias"):
+                layer = name.removeprefix(PREFIX).removesuffix(".lora_B.bias")
+                everybodys = torch.as_tensor(shared[f"layers.{layer}.B"]) @ torch.as_tensor(shared[f"layers.{layer}.q"])
+                found[name] = everybodys + 1000 * (found[name] - everybodys)
 
     tensors(farther)(checkpoint)
     with pytest.raises(DataError, match="times as far out as users do"):
