@@ -46,13 +46,15 @@ VARIANTS = {
     "top two blocks": Variant({"top_layers": 2}),
     "head hears a bias": Variant({"head_terms": "bias"}),
     "head hears tastes": Variant({"head_terms": "taste"}),
-    "tastes, top two blocks": Variant({"head_terms": "taste", "top_layers": 2}),
-    "tastes, d = 16": Variant({"head_terms": "taste", "user_dim": 16}),
-    "tastes, personalised dropout 0": Variant({"head_terms": "taste"}, {"user_dropout": 0.0}),
-    "tastes, personalised dropout 0.3": Variant({"head_terms": "taste"}, {"user_dropout": 0.3}),
-    "tastes, mutual information 0.01": Variant({"head_terms": "taste"}, {"mutual_information": {"weight": 0.01}}),
-    "tastes, vectors at half the rate": Variant({"head_terms": "taste"}, {"user_learning_rate": 0.0025}),
-    "tastes, vectors at twice the rate": Variant({"head_terms": "taste"}, {"user_learning_rate": 0.01}),
+    "d = 16": Variant({"user_dim": 16}),
+    "dropout 0.1": Variant({"dropout": 0.1}),
+    "personalised dropout 0": Variant(training={"user_dropout": 0.0}),
+    "personalised dropout 0.3": Variant(training={"user_dropout": 0.3}),
+    "mutual information 0.01": Variant(training={"mutual_information": {"weight": 0.01}}),
+    "vectors at half the rate": Variant(training={"user_learning_rate": 0.005}),
+    "vectors at twice the rate": Variant(training={"user_learning_rate": 0.02}),
+    "all else at half the rate": Variant(training={"learning_rate": 5e-4}),
+    "logits as trained": Variant(training={"calibrate": False}),
 }
 
 

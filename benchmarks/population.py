@@ -172,7 +172,7 @@ def train_population(
     spec = AdapterSpec(model=MODEL, task="classification", **shapes)
     model = PersonalizedModel.from_pretrained(spec)
     halves = None if spec.top_layers is None else Halves(model.plm, spec.top_layers)
-    settings = TrainingSettings.model_validate({"epochs": epochs, "seed": seed, "user_learning_rate": 0.005, **training})
+    settings = TrainingSettings.model_validate({"epochs": epochs, "seed": seed, **training})
     objective = PopulationObjective(
         model,
         user_dropout=settings.user_dropout if kind == "plora" else 0.0,
