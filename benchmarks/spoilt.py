@@ -30,20 +30,19 @@ def as_they_are(user: UserRows, everybody: list[UserRows], draw: np.random.Gener
 
 
 def noisy(chance: float) -> Change:
-    """Each training label is another class with this chance; test rows are right."""
+    """Each label that is learnt from is another class with this chance; test rows are right."""
 
     def change(user: UserRows, everybody: list[UserRows], draw: np.random.Generator) -> UserRows:
-        train = user.of_split("train")
-        return _relabelled(user, [place for place in train if draw.random() < chance], everybody, draw)
+        return _relabelled(user, [place for place in _learnt(user) if draw.random() < chance], everybody, draw)
 
     return change
 
 
 def one_class(user: UserRows, everybody: list[UserRows], draw: np.random.Generator) -> UserRows:
-    """Training rows of the user's most frequent class only."""
-    train = user.of_split("train")
-    most = Counter(user.labels[place] for place in train).most_common(1)[0][0]
-    return user.take([place for place in range(len(user.labels)) if place not in train or user.labels[place] == most])
+    """Rows of the user's most frequent class only, but for the test."""
+    learnt = _learnt(user)
+    most = Counter(user.labels[place] for place in learnt).most_common(1)[0][0]
+    return user.take([place for place in range(len(user.labels)) if place not in learnt or user.labels[place] == most])
 
 
 def short_texts(user: UserRows, everybody: list[UserRows], draw: np.random.Generator) -> UserRows:
@@ -63,9 +62,14 @@ def long_texts(user: UserRows, everybody: list[UserRows], draw: np.random.Genera
 
 
 def changed_taste(user: UserRows, everybody: list[UserRows], draw: np.random.Generator) -> UserRows:
-    """The taste turned round in the middle of the training rows and stayed so: later rows, the test's too, have another class."""
-    train = user.of_split("train")
-    return _relabelled(user, train[len(train) // 2 :] + user.of_split("test"), everybody, draw)
+    """The taste turned round in the middle of what is learnt from and stayed so: later rows, the test's too, have another class."""
+    learnt = _learnt(user)
+    return _relabelled(user, learnt[len(learnt) // 2 :] + user.of_split("test"), everybody, draw)
+
+
+def _learnt(user: UserRows) -> list[int]:
+    """Places of the rows to train and to validate, in this order."""
+    return user.of_split("train") + user.of_split("validation")
 
 
 def _relabelled(user: UserRows, places: list[int], everybody: list[UserRows], draw: np.random.Generator) -> UserRows:
