@@ -73,24 +73,28 @@ def _private_record(model: PersonalizedModel, tensors: Mapping[str, Tensor]) -> 
 
 def _vector(model: PersonalizedModel, tensors: Mapping[str, Tensor], head: Mapping[str, Tensor] | None) -> Tensor:
     shared = {name: parameter.detach().float().cpu() for name, parameter in model.shared_parameters().items()}
-    rows, biases = [], []
+    rows, biases, given = [], [], []
     for layer in adapted_layers(model):
         a, b, p, q = (shared[f"layers.{layer}.{part}"] for part in ("A", "B", "P", "q"))
         _same(f"{layer}.lora_A.weight", tensors[f"{PREFIX}{layer}.lora_A.weight"], a)
         _same(f"{layer}.lora_B.weight", tensors[f"{PREFIX}{layer}.lora_B.weight"], b)
         rows.append(b.double() @ p.double())
-        biases.append(tensors[f"{PREFIX}{layer}.lora_B.bias"].double() - b.double() @ q.double())
+        given.append(tensors[f"{PREFIX}{layer}.lora_B.bias"].double())
+        biases.append(given[-1] - b.double() @ q.double())
     if head is not None and model.spec.head_terms != "none":  # it says of the vector what no layer may hear
         rows.append(_head_effect(model))
         everybodys = head_tensors(model, torch.zeros(model.user_width))
-        biases.append(torch.cat([(head[name] - everybodys[name]).double().flatten() for name in ("weight", "bias")]))
-    effect, bias = torch.cat(rows), torch.cat(biases)
+        given.append(torch.cat([head[name].double().flatten() for name in ("weight", "bias")]))
+        biases.append(given[-1] - torch.cat([everybodys[name].double().flatten() for name in ("weight", "bias")]))
+    effect, bias, rounding = torch.cat(rows), torch.cat(biases), SAME * torch.cat(given).norm()
+    if bias.norm() <= rounding:
+        return torch.zeros(model.user_width)  # nothing but everybody's share: whom the guard leaves to the population
     # By pseudo-inverse: a direction in which no layer hears the vector is left at zero.
     vector = torch.linalg.lstsq(effect, bias.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-    unexplained = float((effect @ vector - bias).norm() / bias.norm().clamp(min=1e-12))
-    if unexplained > EXPLAINED:
+    left = (effect @ vector - bias).norm()
+    if left > EXPLAINED * bias.norm() + rounding:
         raise DataError(
-            f"no user vector of this generation explains the checkpoint's biases ({unexplained:.0%} of them is left over): "
+            f"no user vector of this generation explains the checkpoint's biases ({left / bias.norm():.0%} of them is left over): "
             "export it anew from the generation that serves"
         )
     return vector.float()

@@ -65,6 +65,7 @@ class TrainingSettings(Section):
     of its own, since it keeps a user's best epoch on validation rows, the start included.
     population_fraction: share of the training rows that an epoch of the population stage meets, drawn anew each epoch.
     calibrate: whether validation rows decide how large the logits of a classification may be, before users are fitted.
+    fit_validation: whether newton fits users on their validation rows as well.
     user_dropout: rho. batch_rows / batch_tokens bound a batch. A wave is the unit of resume: at most
     users_per_wave users (auto: 5000), and no more than fit into wave_memory_mb.
     only_users_with_new_data: keep the current generation's shared parameters and refit only users whose rows are new or changed.
@@ -99,6 +100,7 @@ class TrainingSettings(Section):
     user_solver: Literal["auto", "newton", "adam"] = "auto"
     guard: bool = False
     calibrate: bool = True
+    fit_validation: bool = True
     adam: AdamSettings = AdamSettings()
     batch_rows: int = Field(32, ge=1)
     batch_tokens: int = Field(4096, ge=16)

@@ -34,12 +34,16 @@ class TrainedUsers:
 
 
 def trained_users(table: PartitionTable, secret: bytes) -> TrainedUsers:
-    """The users of a partition that have training rows. A user's digest covers token ids and labels, in any order of rows."""
-    trained = np.flatnonzero(table.split == SPLITS.index("train"))
-    users, firsts, counts = np.unique(table.user_of_row[trained], return_index=True, return_counts=True)
+    """The users of a partition that have training rows.
+
+    A user's digest covers token ids and labels of the rows to train and to validate, in any order: both shape an adapter.
+    """
+    users, counts = np.unique(table.user_of_row[table.split == SPLITS.index("train")], return_counts=True)
+    learnt = np.flatnonzero(table.split != SPLITS.index("test"))
+    starts, stops = (np.searchsorted(table.user_of_row[learnt], users, side) for side in ("left", "right"))
     digests = np.empty((len(users), DIGEST_BYTES), np.uint8)
-    for place, (first, count) in enumerate(zip(firsts, counts, strict=True)):
-        rows = sorted(_row_digest(table, row) for row in trained[first : first + count])
+    for place, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        rows = sorted(_row_digest(table, row) for row in learnt[start:stop])
         digest = hashlib.blake2b(b"".join(rows), key=secret, digest_size=DIGEST_BYTES, person=b"plora-rows")
         digests[place] = np.frombuffer(digest.digest(), np.uint8)
     return TrainedUsers(table.keys[users], digests, counts.astype(np.int32))

@@ -137,7 +137,7 @@ def _scales(evaluation: Evaluation) -> str:
     if not evaluation.logit_scales:
         return ""
     shown = ", ".join(f"{PREDICTORS[name]} {scale:.2f}" for name, scale in evaluation.logit_scales.items())
-    told = f"Trained baselines are calibrated as the generation is: validation rows chose what their logits are multiplied by ({shown})."
+    told = f"Trained baselines are calibrated: validation rows chose what their logits are multiplied by ({shown})."
     return f"<p>{escape(told)}</p>"
 
 

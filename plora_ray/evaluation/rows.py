@@ -156,6 +156,7 @@ class _Collector:
             self._validation.append((user, row.text, row.label))
 
     def finish(self, labels: LabelSpace, *, bad_rows: int) -> EvaluationRows:
+        encode_labels([label for *_, label in self._validation], labels)  # refused now, not when a baseline has been trained for hours
         return EvaluationRows(
             texts=list(self._texts),
             row_texts=np.array([text for text, _, _ in self._tests], np.int64),

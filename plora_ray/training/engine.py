@@ -144,6 +144,8 @@ class ShardedTrainer:
 
     def load(self, parameters: dict[str, Tensor]) -> None:
         """Set the trained parameters, masters included. All ranks must call with equal values."""
+        if self.sharded:
+            self.engine.empty_partition_cache()  # a Jacobian's passes leave parameters gathered, which nobody may write to
         for name, parameter in self.trained.items():
             with self._zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.sharded):
                 parameter.data.copy_(parameters[name])

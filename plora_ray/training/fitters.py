@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -85,9 +85,10 @@ class AdamFitter:
     def fit(self, users: np.ndarray) -> FittedUsers:
         train, held_out = (self._rows.of_split(split, users) for split in ("train", "validation"))
         seeds = [int.from_bytes(self._rows.keys[user].tobytes()[:8], "big") for user in users]
-        return fit_adam(
+        found = fit_adam(
             self._passes, self._of(users, train), self._of(users, held_out), self._start, self._precision, seeds, self._steps, self._task
         )
+        return replace(found, guarded=(found.vectors == 0).all(1))  # whose best epoch is nobody's vector, where that is zero
 
     def _of(self, users: np.ndarray, rows: np.ndarray) -> UserRows:
         local = np.searchsorted(users, self._rows.row_users[rows])

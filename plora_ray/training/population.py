@@ -1,4 +1,4 @@
-"""The population stage: what all users share (A, B, P and the head) and a first vector for every user this rank owns.
+"""The population stage: what all users share (A, B, P, q and the head) and a first vector for every user this rank owns.
 
 Private matrices start from the population's, so their population stage is one LoRA for all, without users.
 

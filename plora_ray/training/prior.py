@@ -23,7 +23,7 @@ from plora_ray.training.user_table import UserTable
 SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the moments' covariance, from which the best one is refined
 MOST_STEPS = 10
 ENOUGH_EVIDENCE = 1e-3  # a user, in nats: steps that gain less aren't worth their time
-CALIBRATION_ROWS = 1024  # training rows a rank looks at
+CALIBRATION_ROWS = 1024  # rows a rank looks at
 
 
 def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
@@ -62,9 +62,9 @@ def _moments_of(table: UserTable, rows: RankRows) -> UserPrior:
 
 
 def _calibration_users(rows: RankRows) -> np.ndarray:
-    """The first users, in key order and so at random, that have CALIBRATION_ROWS training rows together."""
-    counts = np.bincount(rows.row_users[rows.of_split("train")], minlength=len(rows.keys))
-    candidates = np.flatnonzero(counts)
+    """The first users with training rows, in key order and so at random, that have CALIBRATION_ROWS rows together."""
+    trained, counts = (np.bincount(rows.row_users[own], minlength=len(rows.keys)) for own in (rows.of_split("train"), rows.to_fit(None)))
+    candidates = np.flatnonzero(trained)
     return candidates[: int(np.searchsorted(np.cumsum(counts[candidates]), CALIBRATION_ROWS)) + 1]
 
 

@@ -157,7 +157,7 @@ def _load_rows(assignment: Assignment, store: AdapterStore, plans: dict[int, Par
     if settings.training.only_users_with_new_data:
         tables = {index: table.of_users(plans[index].fits(table.keys)) for index, table in tables.items()}
     pad_id = load_tokenizer(settings.model.name).pad_token_id
-    return RankRows(tables, assignment.labels, frozenset(store.tombstones()), 0 if pad_id is None else pad_id)
+    return RankRows(tables, assignment.labels, frozenset(store.tombstones()), pad_id or 0, fit_validation=settings.training.fit_validation)
 
 
 def _build(assignment: Assignment, observer: Observer) -> tuple[ShardedTrainer, PersonalizedModel, Halves | None]:
@@ -203,7 +203,7 @@ def _settled(
 
     What is found over all ranks' rows is found once a run: all waves are fitted under the same.
     """
-    shared = trainer.gathered()  # before any Jacobian: those leave a sharded model's small parameters gathered
+    shared = trainer.gathered()
     trainer.freeze()
     if settings.training.calibrate and settings.task == "classification":
         shared = scaled(shared, _once(run.load_scale, lambda: find_scale(passes, rows), run.save_scale))

@@ -40,11 +40,15 @@ class RankRows:
 
     keys: [users, 16] uint8. partition_users: partition -> slice of its users. row_users: [rows] user of each row.
     lengths: [rows] tokens. labels: [rows] tensor. erased: [users] bool; an erased user's rows are in no split.
+    fit_validation: whether `to_fit` has validation rows.
     """
 
-    def __init__(self, partitions: Mapping[int, PartitionTable], labels: LabelSpace, erased: Set[bytes], pad_id: int) -> None:
+    def __init__(
+        self, partitions: Mapping[int, PartitionTable], labels: LabelSpace, erased: Set[bytes], pad_id: int, *, fit_validation: bool = True
+    ) -> None:
         tables = [partitions[index] for index in sorted(partitions)]
         self._pad_id = pad_id
+        self._fit_splits: list[SplitName] = ["train", "validation"] if fit_validation else ["train"]
         self.partition_users: dict[int, slice] = {}
         start = 0
         for index in sorted(partitions):
@@ -74,11 +78,11 @@ class RankRows:
         return self._in_splits([split], users)
 
     def to_fit(self, users: np.ndarray | None) -> np.ndarray:
-        """Indices of the rows to fit `users` (ascending; None: all) on once what all share stands: to train and to validate.
+        """Indices of the rows to fit `users` (ascending; None: all) on once what all share stands: to train and, if wished, to validate.
 
         What is shared has learnt the training rows' labels, this user's among them; a validation row tells more of its user.
         """
-        return self._in_splits(["train", "validation"], users)
+        return self._in_splits(self._fit_splits, users)
 
     def _in_splits(self, splits: list[SplitName], users: np.ndarray | None) -> np.ndarray:
         codes = [SPLIT_CODES[split] for split in splits]

@@ -49,7 +49,7 @@ def add_up(
 class TrainingReport:
     """What was trained and, if there are test rows, how well it predicts them with and without the user. seconds: of the last start.
 
-    logit_scale: what the run has found its logits to be multiplied by; None where they stand as trained.
+    logit_scale: what the run has multiplied logits by; None if by nothing.
     """
 
     assignment: Assignment
@@ -163,7 +163,7 @@ class TrainingReport:
             ("users carried over", f"{self.totals.copied:,}"),
             ("rows", ", ".join(f"{count:,} {split}" for split, count in rows.items())),
             ("bad rows skipped", ", ".join(f"{count:,} {why}" for why, count in self.stats.skipped.items()) or "none"),
-            ("logits multiplied by", "1, as trained" if self.logit_scale is None else f"{self.logit_scale:.2f}"),
+            *([("logits multiplied by", f"{self.logit_scale:.2f}")] if self.logit_scale is not None else []),
             ("waves", f"{len(self.assignment.waves):,}"),
             ("seconds of training, all starts", f"{self.history.seconds:,.1f}"),
             ("restarts of the workers", f"{self.history.restarts}"),

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plora_ray.adapters.inject import Kind
-from plora_ray.adapters.peft_export import PREFIX
+from plora_ray.adapters.peft_export import PREFIX, peft_tensors
+from plora_ray.adapters.peft_import import record_from_peft
 from plora_ray.errors import DataError, ErasedDuringFit
-from plora_ray.inference import bring
+from plora_ray.inference import bring, load_generation
 from plora_ray.inference.bring import import_user
 from plora_ray.inference.export import export_user
 from plora_ray.store import AdapterStore
@@ -152,6 +153,20 @@ def test_an_adapter_that_lies_too_far_out_is_refused(world: tuple[AdapterStore, 
     tensors(farther)(checkpoint)
     with pytest.raises(DataError, match="times as far out as users do"):
         import_user(world[0], "mallory", checkpoint)
+
+
+def test_a_user_whom_the_guard_left_to_the_population_comes_back_as_the_population(tiny_plm: str, tmp_path: Path) -> None:
+    store = AdapterStore(str(tmp_path / "store"))
+    publish(store, tiny_plm, "g0", ["ann"])
+    loaded = load_generation(store, fold=False)
+    shared = loaded.model.shared_parameters()
+    assert any(bool(parameter.any()) for name, parameter in shared.items() if name.endswith(".q"))
+    nobody = torch.zeros(loaded.model.user_width)
+    checkpoint = peft_tensors(loaded.model, nobody)
+    assert torch.equal(record_from_peft(loaded.model, checkpoint, None), nobody)
+    near = nobody.clone()
+    near[0] = 1e-3
+    torch.testing.assert_close(record_from_peft(loaded.model, peft_tensors(loaded.model, near), None), near, atol=1e-5, rtol=0)
 
 
 def test_a_checkpoint_of_other_shared_parameters_is_refused(world: tuple[AdapterStore, Path]) -> None:

@@ -250,7 +250,8 @@ def test_row_digests_depend_on_tokens_labels_and_the_key_but_not_on_the_order_of
     known = digest([first, second])
     assert digest([second, first]) == digest([first, second, tested]) == known
     assert trained_users(table([first, second, tested]), b"s" * 16).rows.tolist() == [2]
-    others = [[first], [first, first, second], [([1, 2], "b", 0), second], [([1], "a", 0), ([2, 3], "b", 0)], [tested]]
+    validated = [first, second, ([9], "a", 1)]
+    others = [validated, [first], [first, first, second], [([1, 2], "b", 0), second], [([1], "a", 0), ([2, 3], "b", 0)], [tested]]
     assert known not in [digest(rows) for rows in others] and digest([first, second], b"t" * 16) != known
 
 

@@ -118,6 +118,9 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
         passes = FrozenPasses(trainer, model, rows, batch_tokens=64, batch_rows=4, below=below)
         everything = np.arange(len(rows.row_users))
         linear, _ = passes.linearise(everything, torch.full((3,), 0.1))
+        trainer.load({name: tensor + 1 for name, tensor in shared.items()})  # as when vectors are counted from another mean
+        moved = trainer.gathered()
+        trainer.load(shared)
         owners = torch.from_numpy(rows.row_users)
         logits = passes.user_logits(everything, table.vectors, owners)
         gradients = []
@@ -128,7 +131,7 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
             gradients += [] if batch is None else [gradient]
     dtypes = {str(parameter.dtype) for parameter in model.shared_parameters().values()}
     return {
-        "losses": losses, "shared": shared, "vectors": table.vectors, "jacobian": linear.jacobian, "logits": logits,
+        "losses": losses, "shared": shared, "moved": moved, "vectors": table.vectors, "jacobian": linear.jacobian, "logits": logits,
         "gradients": torch.cat(gradients), "held": held, "whole": whole, "lower_runs": runs[0],
         "texts": len(linear.logits), "dtypes": dtypes,
     }  # fmt: skip
@@ -161,6 +164,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(run_rank, (str(folder),), nprocs=RANKS)  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def test_parameters_can_be_set_after_jacobians_sharded_or_not(outcomes: list[dict[str, Any]]) -> None:
+    for case in (found for rank in outcomes for found in rank.values()):
+        assert case["shared"].keys() == case["moved"].keys()
+        for name, tensor in case["shared"].items():
+            assert torch.allclose(case["moved"][name], tensor + 1, atol=1e-2), name
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ class OneRank:
 
 @pytest.fixture
 def rows() -> RankRows:
+    return rows_of()
+
+
+def rows_of(*, fit_validation: bool = True) -> RankRows:
     """Users of 1 to 12 rows, every fourth row held out; some random texts several rows have, some only one."""
     generator = np.random.default_rng(0)
     counts, total = np.arange(1, USERS + 1), USERS * (USERS + 1) // 2
@@ -59,7 +63,7 @@ def rows() -> RankRows:
         split=(np.arange(total) % 4 == 3).astype(np.int8),
         timestamps=np.full(total, np.datetime64("NaT", "us")),
     )
-    return RankRows({0: table}, LabelSpace("classification", ("x", "y", "z")), frozenset(), 0)
+    return RankRows({0: table}, LabelSpace("classification", ("x", "y", "z")), frozenset(), 0, fit_validation=fit_validation)
 
 
 @pytest.fixture
@@ -92,6 +96,10 @@ def test_newton_fits_a_user_on_training_and_validation_rows_together(rows: RankR
     linear, texts = passes.linearise(own, PRIOR.mean)
     expected = solve_users(linear, texts, rows.labels[own], torch.zeros(len(own), dtype=torch.int64), 1, PRIOR, "classification")
     assert torch.allclose(NewtonFitter(passes, rows, PRIOR, "classification").fit(user).vectors, expected.vectors, atol=1e-5)
+
+
+def test_validation_rows_that_are_to_judge_are_not_fitted(rows: RankRows) -> None:
+    assert len(rows.to_fit(None)) > len(rows.of_split("train")) == len(rows_of(fit_validation=False).to_fit(None))
 
 
 def test_guarded_users_get_the_populations_vector_whatever_the_blocks_and_nobody_else_changes(

@@ -184,6 +184,8 @@ def test_sharded_and_replicated_training_give_the_same_model(tiny_tree: Tree, tm
         code, out, err = run(config, f"training.sharding={sharding}")
         assert code == 0, err
         assert f"2 ranks, {sharding}" in err
+        report = json.loads(next((tmp_path / sharding).glob("generations/*/report.json")).read_text())
+        assert report["training"]["restarts"] == 0
         reader = AdapterStore.open(tree["store"]["uri"]).open_generation()
         shared[sharding] = reader.shared().tensors
         vectors[sharding] = {key: adapter.record for key, adapter in reader.get_many(list(reader.keys())).items()}

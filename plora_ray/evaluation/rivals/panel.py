@@ -16,7 +16,7 @@ from plora_ray.evaluation.metrics import Floats, Ints
 from plora_ray.evaluation.predictor_cost import PredictorCost, sampled, seconds_per_request
 from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.rivals.course import Course
-from plora_ray.evaluation.rivals.registry import build_rivals
+from plora_ray.evaluation.rivals.registry import SHUFFLED, build_rivals
 from plora_ray.evaluation.rivals.rival import Rival, RivalSetup
 from plora_ray.evaluation.rows import EvaluationRows
 from plora_ray.evaluation.scoring import predictions
@@ -26,7 +26,7 @@ from plora_ray.inference import LoadedGeneration
 class RivalPanel:
     """names: of registry.RIVALS; none is fine. Raises DataError if there are no rows to train on.
 
-    scales: by name, what the rival's logits are multiplied by, chosen on validation rows; empty where nothing is calibrated.
+    scales: by name, what the rival's logits are multiplied by, chosen on validation rows. Whom the job has trained it has calibrated.
     """
 
     def __init__(self, names: Sequence[str], settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows, stages: Stages) -> None:
@@ -38,11 +38,12 @@ class RivalPanel:
         if rows.training is None or not len(rows.training.users):
             raise DataError(f"baseline {names[0]} needs training rows of users in the generation, and the data has none")
         self._rivals = build_rivals(names, setup_of(settings, loaded, rows))
+        calibrates = settings.training.calibrate and settings.task == "classification"
         for name, rival in self._rivals.items():
             stages.begin(f"training {name}", len(rows.training.texts) * settings.training.epochs)
             rival.fit(rows.training, stages.advance)
-            if settings.training.calibrate and settings.task == "classification":
-                self.scales[name] = self._scale_of(rival)
+            if calibrates and name != SHUFFLED and rows.validation is not None and len(rows.validation.users):
+                self.scales[name] = self._scale_of(rival, rows.validation)
 
     def predict(self, chosen: Ints, examples: int | None) -> dict[str, Floats]:
         """What each says of the test rows `chosen`. examples: how many of each user are known to it; None for trained users."""
@@ -69,11 +70,8 @@ class RivalPanel:
             found[name] = PredictorCost(rival.size(), seconds_per_request(answer, sampled(rows)))
         return found
 
-    def _scale_of(self, rival: Rival) -> float:
-        """What its logits are multiplied by, so that it is as sure as it may be: what the job does to the generation."""
-        rows = self._rows.validation
-        if rows is None or not len(rows.users):
-            return 1.0
+    def _scale_of(self, rival: Rival, rows: LabelledTexts) -> float:
+        """What its logits are multiplied by, so that it is as sure as it may be: what the job does to a generation."""
         logits = torch.from_numpy(rival.logits(rows.users, rows.texts))
         return best_scale(scale_losses(logits, self._loaded.labels.encode(list(rows.labels))))
 
