@@ -22,7 +22,6 @@ from rich.progress import Progress
 from torch import Tensor
 
 from plora_ray.adapters.adam import AdamSteps
-from plora_ray.adapters.calibration import scaled
 from plora_ray.adapters.centring import centred
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.halves import Halves
@@ -37,7 +36,7 @@ from plora_ray.data.synthetic import SyntheticParams, rows_of_user
 from plora_ray.data.table import PartitionTable
 from plora_ray.store.objects import ObjectStore
 from plora_ray.training.activations import Below, LowerActivations, whole_passes
-from plora_ray.training.calibration import find_scale
+from plora_ray.training.calibration import calibrate
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import EngineOptions, ShardedTrainer
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
@@ -190,7 +189,7 @@ def train_population(
         PopulationStage(trainer, rows, table, settings, 0, checkpoints, bar.on_steps, lambda: None, population.below(rows)).run()
     trainer.freeze()
     if settings.calibrate:
-        trainer.load(scaled(trainer.gathered(), find_scale(population.passes(rows), rows)))
+        trainer.load(calibrate(population.passes(rows), rows).of_shared(trainer.gathered()))
     if table is None:
         return population
     prior = estimate_prior(table, population.passes(rows), rows, "classification")

@@ -70,7 +70,7 @@ def main(
             kept.with_suffix(".part").rename(kept)
         found.append(json.loads(kept.read_text()))
     points = [[Point.from_json(point) for point in run["points"]] for run in found]
-    lines = lines_of(points, [run["costs"] for run in found], [run["logit_scales"] for run in found])
+    lines = lines_of(points, [run["costs"] for run in found], [run["calibrations"] for run in found])
     print("\n".join(json.dumps(line) for line in lines) if as_json else markdown(lines))
 
 
@@ -132,7 +132,7 @@ def one_seed(values: dict[str, Any], rivals: list[str], out: Path) -> dict[str, 
 
     report = evaluate_store(parse_settings(values), "all", [*TEXTLESS, *rivals], out, on_rows=keep, shots=SHOTS)
     seconds = {"training": round(trained - began, 1), "evaluation": round(time.monotonic() - trained, 1)}
-    return {"points": points, "costs": report["predictor_costs"], "logit_scales": report["logit_scales"], "seconds": seconds}
+    return {"points": points, "costs": report["predictor_costs"], "calibrations": report["calibrations"], "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ class Point:
 
 
 def lines_of(
-    runs: Sequence[Sequence[Point]], costs: Sequence[dict[str, Any]], scales: Sequence[dict[str, float]]
+    runs: Sequence[Sequence[Point]], costs: Sequence[dict[str, Any]], calibrations: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """One line a protocol and predictor. Seeds are pooled; intervals and p by users as a whole, so that a user's seeds count as one.
 
-    scales: of each run, by trained baseline, what its logits were multiplied by to calibrate it.
+    calibrations: of each run, by trained baseline, scale and base of its Calibration.
     """
     lines = []
     for first in runs[0]:
@@ -65,7 +65,7 @@ def lines_of(
                 "users": found.users, "rows": len(first.labels),
                 "accuracy": scores.intervals["accuracy"].to_json(), "nll": scores.intervals["nll"].to_json(),
                 "nll_of_seeds": [round(float(value), 5) for value in of_seeds],
-                "nll_as_trained": as_trained(name, points, scales),
+                "nll_as_trained": as_trained(name, points, calibrations),
                 "macro_f1": macro_f1(predicted[name].argmax(1), labels, users),
                 "gain": None if gain is None else gain.to_json(),
                 "harmed": round(float(np.mean(harmed)), 4) if harmed else None,
@@ -74,13 +74,15 @@ def lines_of(
     return lines
 
 
-def as_trained(name: str, points: Sequence[Point], scales: Sequence[dict[str, float]]) -> float | None:
-    """Mean NLL over seeds of a trained baseline that isn't calibrated; None for what is no trained baseline."""
-    if any(name not in found for found in scales):
-        return None
-    losses = [
-        row_nll(log_softmax(point.predicted[name] / found[name]), point.labels).mean() for point, found in zip(points, scales, strict=True)
-    ]
+def as_trained(name: str, points: Sequence[Point], calibrations: Sequence[dict[str, Any]]) -> float | None:
+    """Mean NLL over seeds of a trained baseline as it was before it was calibrated; None for what wasn't."""
+    losses = []
+    for point, found in zip(points, calibrations, strict=True):
+        if name not in found:
+            return None
+        base = np.array(found[name]["base"])
+        logits = base + (point.predicted[name] - base) / found[name]["scale"]  # the constant that softmax took away doesn't matter
+        losses.append(row_nll(log_softmax(logits), point.labels).mean())
     return round(float(np.mean(losses)), 5)
 
 

@@ -187,7 +187,7 @@ class _Run:
                 rows_per_user=rows.train_rows / max(len(rows.keys), 1),
             ),
             predictor_costs=predictor_costs,
-            logit_scales=self.panel.scales,
+            calibrations=self.panel.calibrations,
         )  # fmt: skip
 
     @cached_property

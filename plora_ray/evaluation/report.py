@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from plora_ray.adapters.calibration import Calibration
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.comparison import Comparison
@@ -58,7 +59,7 @@ class ProtocolResult:
 class Evaluation:
     """Everything a report says. data: what was measured on, as plain values. costs: of a million users, if there are prices.
 
-    predictor_costs: by predictor, if any of them was trained. logit_scales: by trained baseline, what its logits were multiplied by.
+    predictor_costs: by predictor, if any of them was trained. calibrations: by trained baseline that was calibrated.
     """
 
     generation: str
@@ -68,7 +69,7 @@ class Evaluation:
     results: tuple[ProtocolResult, ...]
     costs: CostPage | None = None
     predictor_costs: Mapping[str, PredictorCost] = field(default_factory=dict)
-    logit_scales: Mapping[str, float] = field(default_factory=dict)
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
 
     def comparisons(self, protocol: str) -> Sequence[Comparison]:
         """The protocol's comparisons; none if it was skipped or not asked for."""
@@ -88,7 +89,7 @@ class Evaluation:
             "protocols": {result.name: result.to_json() for result in self.results},
             **({"costs": self.costs.to_json()} if self.costs else {}),
             "predictor_costs": {name: cost.to_json() for name, cost in self.predictor_costs.items()},
-            "logit_scales": {name: round(scale, 4) for name, scale in self.logit_scales.items()},
+            "calibrations": {name: asdict(found) for name, found in self.calibrations.items()},
         }
 
 
@@ -134,10 +135,10 @@ def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
 
 
 def _scales(evaluation: Evaluation) -> str:
-    if not evaluation.logit_scales:
+    if not evaluation.calibrations:
         return ""
-    shown = ", ".join(f"{PREDICTORS[name]} {scale:.2f}" for name, scale in evaluation.logit_scales.items())
-    told = f"Trained baselines are calibrated: validation rows chose what their logits are multiplied by ({shown})."
+    shown = ", ".join(f"{PREDICTORS[name]} {found.scale:.2f}" for name, found in evaluation.calibrations.items())
+    told = f"Trained baselines are calibrated: validation rows chose the scale of their logits ({shown})."
     return f"<p>{escape(told)}</p>"
 
 

@@ -5,18 +5,22 @@ What users are fitted to is then what the population gets wrong, and not how sur
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 
-from plora_ray.adapters.calibration import best_scale, scale_losses
+from plora_ray.adapters.calibration import Calibration, best_scale, log_frequencies, scale_losses
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 
 MOST_ROWS = 8192  # validation rows a rank looks at
 
 
-def find_scale(passes: FrozenPasses, rows: RankRows) -> float:
-    """What the logits of a classification are to be multiplied by; 1 where there are no validation rows. All ranks must call."""
+def calibrate(passes: FrozenPasses, rows: RankRows) -> Calibration:
+    """Of a classification's logits; without validation rows the scale is 1. All ranks must call."""
+    counts = torch.bincount(rows.labels[rows.of_split("train")], minlength=passes.outputs).double()
+    dist.all_reduce(counts)
+    base = log_frequencies(counts.tolist())
     chosen = rows.of_split("validation")[:MOST_ROWS]  # rows lie by users' keys, and so at random
-    losses = scale_losses(passes.population_logits(chosen), rows.labels[chosen])
+    losses = scale_losses(passes.population_logits(chosen), rows.labels[chosen], base)
     dist.all_reduce(losses)
-    return best_scale(losses)
+    return Calibration(best_scale(losses), base)

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plora_ray.adapters.blocks import checkpoint_blocks
-from plora_ray.adapters.calibration import scaled
 from plora_ray.adapters.centring import centred
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.halves import Halves
@@ -26,7 +25,7 @@ from plora_ray.data.partition import read_partition
 from plora_ray.opening import open_store
 from plora_ray.store import AdapterStore, GenerationReader
 from plora_ray.training.activations import Below, LowerActivations, whole_passes
-from plora_ray.training.calibration import find_scale
+from plora_ray.training.calibration import calibrate
 from plora_ray.training.checkpoints import PopulationCheckpoints
 from plora_ray.training.engine import EngineOptions, ShardedTrainer, agree_on_sharding, choose_sharding
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
@@ -206,7 +205,7 @@ def _settled(
     shared = trainer.gathered()
     trainer.freeze()
     if settings.training.calibrate and settings.task == "classification":
-        shared = scaled(shared, _once(run.load_scale, lambda: find_scale(passes, rows), run.save_scale))
+        shared = _once(run.load_calibration, lambda: calibrate(passes, rows), run.save_calibration).of_shared(shared)
         trainer.load(shared)
     if table is None:
         return shared, None

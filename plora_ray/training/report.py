@@ -9,6 +9,7 @@ from functools import cached_property
 from html import escape
 from typing import Any
 
+from plora_ray.adapters.calibration import Calibration
 from plora_ray.data.stats import PartitionStats
 from plora_ray.data.synthetic import Ceilings, SyntheticParams, ceilings
 from plora_ray.errors import StoreError
@@ -49,7 +50,7 @@ def add_up(
 class TrainingReport:
     """What was trained and, if there are test rows, how well it predicts them with and without the user. seconds: of the last start.
 
-    logit_scale: what the run has multiplied logits by; None if by nothing.
+    calibration: of the run's logits; None where they stand as trained.
     """
 
     assignment: Assignment
@@ -58,7 +59,7 @@ class TrainingReport:
     totals: WaveTotals
     history: History
     seconds: float
-    logit_scale: float | None = None
+    calibration: Calibration | None = None
 
     @cached_property
     def files(self) -> dict[str, bytes]:
@@ -96,7 +97,7 @@ class TrainingReport:
             "bad_rows_skipped": self.stats.skipped,
             "labels": self.assignment.labels.to_json(),
             "settings": self.assignment.settings.published(),
-            "calibration": {"logit_scale": self.logit_scale},
+            "calibration": None if self.calibration is None else {"logit_scale": self.calibration.scale},
             "training": {"seconds": self.history.seconds, "restarts": self.history.restarts, **self.history.to_json()},
         }
         if self.comparison is not None:
@@ -163,7 +164,7 @@ class TrainingReport:
             ("users carried over", f"{self.totals.copied:,}"),
             ("rows", ", ".join(f"{count:,} {split}" for split, count in rows.items())),
             ("bad rows skipped", ", ".join(f"{count:,} {why}" for why, count in self.stats.skipped.items()) or "none"),
-            *([("logits multiplied by", f"{self.logit_scale:.2f}")] if self.logit_scale is not None else []),
+            *([("scale of the logits", f"{self.calibration.scale:.2f}")] if self.calibration is not None else []),
             ("waves", f"{len(self.assignment.waves):,}"),
             ("seconds of training, all starts", f"{self.history.seconds:,.1f}"),
             ("restarts of the workers", f"{self.history.restarts}"),

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import load, save
 
+from plora_ray.adapters.calibration import Calibration
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.config import Settings
 from plora_ray.store.objects import ObjectStore
@@ -132,15 +133,18 @@ class RunState:
         data = self._objects.read_many([path]).get(path)
         return None if data is None else UserPrior.from_tensors(load(data))
 
-    def save_scale(self, scale: float) -> None:
-        """Keep what logits are multiplied by, which all that follows depends on."""
-        self._objects.write(f"{self.folder}/{_CALIBRATION}", json.dumps({"logit_scale": scale}).encode())
+    def save_calibration(self, calibration: Calibration) -> None:
+        """Keep how logits are calibrated, which all that follows depends on."""
+        self._objects.write(f"{self.folder}/{_CALIBRATION}", json.dumps(asdict(calibration)).encode())
 
-    def load_scale(self) -> float | None:
-        """The kept scale, or None before it was found. Raises CorruptObjectError."""
+    def load_calibration(self) -> Calibration | None:
+        """The kept calibration, or None before it was found. Raises CorruptObjectError."""
         path = f"{self.folder}/{_CALIBRATION}"
         data = self._objects.read_many([path]).get(path)
-        return None if data is None else float(read_json(data, _CALIBRATION)["logit_scale"])
+        if data is None:
+            return None
+        values = read_json(data, _CALIBRATION)
+        return Calibration(values["scale"], tuple(values["base"]))
 
     def save_wave(self, wave: int, outcome: WaveOutcome, segment: str | None) -> None:
         """Keep the outcome that belongs to the segment with SHA-256 `segment`; None: the wave's users are gone and it has none.

@@ -12,6 +12,9 @@ from benchmarks.quality_table import Point, lines_of, markdown
 COST = {"parameters_per_user": 4, "parameters_in_all": 100, "stored_bytes": 400, "seconds_per_request": 0.01}
 
 
+BASE = [-1.0, -0.5, -2.0]
+
+
 def point(seed: int) -> Point:
     """30 users of 8 rows; the subject is right more often than the population."""
     chance = np.random.default_rng(seed)
@@ -25,7 +28,11 @@ def point(seed: int) -> Point:
 
 def test_a_line_has_scikit_learns_figures_of_all_seeds_together() -> None:
     points = [Point.from_json(point(seed).to_json()) for seed in (0, 1)]
-    lines = lines_of([[points[0]], [points[1]]], [{"population": COST}] * 2, [{"population-lora": 0.5}, {"population-lora": 2.0}])
+    lines = lines_of(
+        [[points[0]], [points[1]]],
+        [{"population": COST}] * 2,
+        [{"population-lora": {"scale": scale, "base": BASE}} for scale in (0.5, 2.0)],
+    )
     labels = np.concatenate([found.labels for found in points])
     for line in lines:
         predicted = np.concatenate([found.predicted[line["predictor"]] for found in points])
@@ -34,7 +41,7 @@ def test_a_line_has_scikit_learns_figures_of_all_seeds_together() -> None:
         assert line["nll"]["mean"] == pytest.approx(log_loss(labels, np.exp(predicted)), abs=1e-4)
         assert line["macro_f1"]["low"] < line["macro_f1"]["mean"] < line["macro_f1"]["high"]
     uncalibrated = [
-        log_loss(found.labels, softmax(found.predicted["population-lora"] / scale, axis=1))
+        log_loss(found.labels, softmax(np.array(BASE) + (found.predicted["population-lora"] - BASE) / scale, axis=1))
         for found, scale in zip(points, (0.5, 2.0), strict=True)
     ]
     expected = {"population-lora": pytest.approx(np.mean(uncalibrated), abs=1e-4), "population": None, "with_user": None}

@@ -218,7 +218,7 @@ def test_a_report_has_each_trained_baseline_with_its_parameters_and_latency_and_
     assert costs["with_user"]["parameters_in_all"] - costs["population"]["parameters_in_all"] == 4 * 24
     page, plain = (tmp_path / "report.html").read_text(), json.dumps(report)
     assert "PEFT LoRA for each user" in page and "parameters a user" in page
-    assert set(report["logit_scales"]) == set(names) and "validation rows chose what their logits are multiplied by" in page
+    assert report["calibrations"] == {}, "this data has no validation rows"
     assert not [secret for secret in world.secrets if secret in page or secret in plain]
 
 
@@ -239,12 +239,15 @@ def test_every_trained_baseline_is_calibrated_on_validation_rows_as_the_generati
         for calibrate in (True, False):
             with_it = settings.model_copy(update={"training": settings.training.model_copy(update={"calibrate": calibrate})})
             panel = RivalPanel(["population-lora"], with_it, loaded, rows, stages)
-            found[calibrate] = panel.scales, panel.predict(np.arange(len(rows.labels)), None)["population-lora"]
+            found[calibrate] = panel.calibrations, panel.predict(np.arange(len(rows.labels)), None)["population-lora"]
             logits = torch.from_numpy(panel._rivals["population-lora"].logits(rows.validation.users, rows.validation.texts))
     labels = loaded.labels.encode(list(rows.validation.labels))
-    (scales, calibrated), (none, as_trained) = found[True], found[False]
-    assert none == {} and scales == {"population-lora": best_scale(scale_losses(logits, labels))}
-    np.testing.assert_allclose(calibrated, log_softmax(scales["population-lora"] * as_trained), atol=1e-5)
+    (calibrations, calibrated), (none, as_trained) = found[True], found[False]
+    learnt = [row["label"] for row in held_out if row["split"] == "train" and row["cohort"] == "a"]
+    base = [np.log((learnt.count(name) + 1) / (len(learnt) + 2)) for name in ("no", "yes")]
+    assert none == {} and calibrations["population-lora"].base == pytest.approx(base)
+    assert calibrations["population-lora"].scale == best_scale(scale_losses(logits, labels, base))
+    np.testing.assert_allclose(calibrated, log_softmax(base + calibrations["population-lora"].scale * (as_trained - base)), atol=1e-5)
 
 
 def test_users_shuffled_among_the_rows_gain_nothing(parts: tuple[RivalSetup, EvaluationRows]) -> None:

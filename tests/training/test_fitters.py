@@ -21,7 +21,7 @@ from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.data.table import PartitionTable
 from plora_ray.training import fitters
 from plora_ray.training import passes as passes_module
-from plora_ray.training.calibration import find_scale
+from plora_ray.training.calibration import calibrate
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, newton_blocks
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.prior import estimate_prior
@@ -170,11 +170,14 @@ def alone(tmp_path: Path) -> Iterator[None]:
 def test_the_population_is_as_sure_as_the_validation_rows_of_all_users_allow(rows: RankRows, passes: FrozenPasses, alone: None) -> None:
     held_out = np.flatnonzero(np.arange(USERS * (USERS + 1) // 2) % 4 == 3)
     losses = torch.zeros(len(SCALES), dtype=torch.float64)
+    learnt = rows.labels[rows.of_split("train")].tolist()
+    base = [np.log((learnt.count(label) + 1) / (len(learnt) + 3)) for label in range(3)]
     for row in held_out:
         ids, mask = rows.inputs(np.array([row]))
         with torch.no_grad():
-            losses += scale_losses(passes._model(ids, mask), rows.labels[[row]])
-    assert find_scale(passes, rows) == best_scale(losses) < 1
+            losses += scale_losses(passes._model(ids, mask), rows.labels[[row]], base)
+    found = calibrate(passes, rows)
+    assert found.scale == best_scale(losses) < 1 and found.base == pytest.approx(base)
 
 
 def test_the_prior_is_the_same_whether_its_users_are_looked_at_together_or_in_blocks_of_bounded_memory(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from plora_ray.adapters.calibration import best_scale, scale_losses
+from plora_ray.adapters.calibration import Calibration, best_scale, log_frequencies, scale_losses
 from plora_ray.config import Settings
 from plora_ray.errors import DataError
 from plora_ray.evaluation.labelled import LabelledTexts
@@ -26,13 +26,13 @@ from plora_ray.inference import LoadedGeneration
 class RivalPanel:
     """names: of registry.RIVALS; none is fine. Raises DataError if there are no rows to train on.
 
-    scales: by name, what the rival's logits are multiplied by, chosen on validation rows. Whom the job has trained it has calibrated.
+    Rivals are calibrated on validation rows; what the job has trained it has calibrated itself.
     """
 
     def __init__(self, names: Sequence[str], settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows, stages: Stages) -> None:
         self._loaded, self._rows, self._stages = loaded, rows, stages
         self._rivals: Mapping[str, Rival] = {}
-        self.scales: dict[str, float] = {}
+        self._calibrations: dict[str, Calibration] = {}
         if not names:
             return
         if rows.training is None or not len(rows.training.users):
@@ -43,7 +43,12 @@ class RivalPanel:
             stages.begin(f"training {name}", len(rows.training.texts) * settings.training.epochs)
             rival.fit(rows.training, stages.advance)
             if calibrates and name != SHUFFLED and rows.validation is not None and len(rows.validation.users):
-                self.scales[name] = self._scale_of(rival, rows.validation)
+                self._calibrations[name] = self._calibration(rival, rows.training, rows.validation)
+
+    @property
+    def calibrations(self) -> Mapping[str, Calibration]:
+        """Of the rivals that are calibrated, by name."""
+        return self._calibrations
 
     def predict(self, chosen: Ints, examples: int | None) -> dict[str, Floats]:
         """What each says of the test rows `chosen`. examples: how many of each user are known to it; None for trained users."""
@@ -55,7 +60,10 @@ class RivalPanel:
                 self._stages.begin(f"{name} on {examples} examples of new users", 0)
                 rival.meet(self._examples(users, examples), self._stages.advance)
             self._stages.begin(f"rows by {name}", 0)
-            found[name] = predictions(self.scales.get(name, 1.0) * rival.logits(users, texts), self._loaded.labels)
+            logits = rival.logits(users, texts)
+            if name in self._calibrations:
+                logits = self._calibrations[name].of_logits(torch.from_numpy(logits)).numpy()
+            found[name] = predictions(logits, self._loaded.labels)
         return found
 
     def costs(self) -> dict[str, PredictorCost]:
@@ -70,10 +78,12 @@ class RivalPanel:
             found[name] = PredictorCost(rival.size(), seconds_per_request(answer, sampled(rows)))
         return found
 
-    def _scale_of(self, rival: Rival, rows: LabelledTexts) -> float:
-        """What its logits are multiplied by, so that it is as sure as it may be: what the job does to a generation."""
-        logits = torch.from_numpy(rival.logits(rows.users, rows.texts))
-        return best_scale(scale_losses(logits, self._loaded.labels.encode(list(rows.labels))))
+    def _calibration(self, rival: Rival, learnt: LabelledTexts, held_out: LabelledTexts) -> Calibration:
+        """What the job does to a generation, for a rival that has `learnt`."""
+        labels = self._loaded.labels
+        base = log_frequencies(torch.bincount(labels.encode(list(learnt.labels)), minlength=labels.outputs).tolist())
+        logits = torch.from_numpy(rival.logits(held_out.users, held_out.texts))
+        return Calibration(best_scale(scale_losses(logits, labels.encode(list(held_out.labels)), base)), base)
 
     def _examples(self, users: Ints, count: int) -> LabelledTexts:
         own = self._rows.examples
