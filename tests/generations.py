@@ -26,7 +26,8 @@ def publish(
     spec = AdapterSpec(model=plm, task="classification", outputs=3, rank=4, alpha=8.0, user_dim=DIM, kind=kind, head_terms=head_terms)
     model = PersonalizedModel.from_pretrained(spec)
     generator = torch.Generator().manual_seed(seed)
-    shared = {key: torch.randn(tensor.shape, generator=generator) * 0.3 for key, tensor in model.shared_parameters().items()}
+    shapes = sorted(((key, tensor.shape) for key, tensor in model.shared_parameters().items()), key=lambda pair: pair[0].endswith(".q"))
+    shared = {key: torch.randn(shape, generator=generator) * 0.3 for key, shape in shapes}
     prior = UserPrior(torch.zeros(DIM, dtype=torch.float64), torch.eye(DIM, dtype=torch.float64))
     writer = store.begin(name, kind)
     writer.write_shared({**shared, **(prior.tensors() if kind == "plora" else {})}, {"format": "pt"})
