@@ -161,7 +161,7 @@ def test_a_warm_start_begins_at_the_shared_parameters_of_the_current_generation(
     store, settings = world
     base = store.open_generation()
     before = base.shared().tensors
-    still = {"learning_rate": 1e-12, "user_learning_rate": 1e-12, "weight_decay": 0.0}
+    still = {"learning_rate": 1e-12, "user_learning_rate": 1e-12, "weight_decay": 0.0, "calibrate": False}
     result = train(settings({f"u{user}": TEXTS for user in range(USERS)}, warm_start=True, **still))
     reader = store.open_generation()
     after = reader.shared().tensors
