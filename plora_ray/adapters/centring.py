@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from plora_ray.adapters.head import head_at
+
 
 @torch.no_grad()
 def centred(shared: Mapping[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
@@ -20,9 +22,7 @@ def centred(shared: Mapping[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
     for name in shared:
         layer, _, part = name.rpartition(".")
         if part == "P":
-            moved[f"{layer}.q"] += moved[name] @ mean
-    if "head.H" in shared:
-        moved["head.bias"] += moved["head.H"] @ mean
-    if "head.M" in shared:
-        moved["head.weight"] += (moved["head.M"] * (moved["head.Q"] @ mean)) @ moved["head.D"]
+            moved[f"{layer}.q"] = moved[f"{layer}.q"] + moved[name] @ mean
+    head = {name.removeprefix("head."): tensor for name, tensor in shared.items() if name.startswith("head.")}
+    moved["head.weight"], moved["head.bias"] = head_at(head, mean)
     return {name: tensor.to(shared[name].dtype) for name, tensor in moved.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -48,13 +49,18 @@ class TaskHead(nn.Linear):
     @torch.no_grad()
     def of_user(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [outputs, hidden] and bias [outputs], float64, of the linear head that the user with `vector` [d] has."""
-        weight, bias, vector = self.weight.double().cpu(), self.bias.double().cpu(), vector.double().cpu()
-        if self.terms != "none":
-            bias = bias + self.H.double().cpu() @ vector
-        if self.terms == "taste":
-            d, q, m = (parameter.double().cpu() for parameter in (self.D, self.Q, self.M))
-            weight = weight + (m * (q @ vector)) @ d
-        return weight, bias
+        return head_at({name: parameter.cpu() for name, parameter in self.named_parameters()}, vector.cpu())
+
+
+def head_at(parameters: Mapping[str, Tensor], vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [outputs, hidden] and bias [outputs], float64, that a TaskHead with these parameters, by name, has at `vector` [d]."""
+    own, vector = {name: parameter.double() for name, parameter in parameters.items()}, vector.double()
+    weight, bias = own["weight"], own["bias"]
+    if "H" in own:
+        bias = bias + own["H"] @ vector
+    if "M" in own:
+        weight = weight + (own["M"] * (own["Q"] @ vector)) @ own["D"]
+    return weight, bias
 
 
 def _uniform(rows: int, columns: int) -> nn.Parameter:

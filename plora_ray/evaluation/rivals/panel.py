@@ -26,13 +26,13 @@ from plora_ray.inference import LoadedGeneration
 class RivalPanel:
     """names: of registry.RIVALS; none is fine. Raises DataError if there are no rows to train on.
 
-    Rivals are calibrated on validation rows; what the job has trained it has calibrated itself.
+    calibrations: by name, of the rivals, on validation rows; what the job has trained it has calibrated itself.
     """
 
     def __init__(self, names: Sequence[str], settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows, stages: Stages) -> None:
         self._loaded, self._rows, self._stages = loaded, rows, stages
         self._rivals: Mapping[str, Rival] = {}
-        self._calibrations: dict[str, Calibration] = {}
+        self.calibrations: dict[str, Calibration] = {}
         if not names:
             return
         if rows.training is None or not len(rows.training.users):
@@ -43,12 +43,7 @@ class RivalPanel:
             stages.begin(f"training {name}", len(rows.training.texts) * settings.training.epochs)
             rival.fit(rows.training, stages.advance)
             if calibrates and name != SHUFFLED and rows.validation is not None and len(rows.validation.users):
-                self._calibrations[name] = self._calibration(rival, rows.training, rows.validation)
-
-    @property
-    def calibrations(self) -> Mapping[str, Calibration]:
-        """Of the rivals that are calibrated, by name."""
-        return self._calibrations
+                self.calibrations[name] = self._calibration(rival, rows.training, rows.validation)
 
     def predict(self, chosen: Ints, examples: int | None) -> dict[str, Floats]:
         """What each says of the test rows `chosen`. examples: how many of each user are known to it; None for trained users."""
@@ -61,8 +56,8 @@ class RivalPanel:
                 rival.meet(self._examples(users, examples), self._stages.advance)
             self._stages.begin(f"rows by {name}", 0)
             logits = rival.logits(users, texts)
-            if name in self._calibrations:
-                logits = self._calibrations[name].of_logits(torch.from_numpy(logits)).numpy()
+            if name in self.calibrations:
+                logits = self.calibrations[name].of_logits(torch.from_numpy(logits)).numpy()
             found[name] = predictions(logits, self._loaded.labels)
         return found
 
