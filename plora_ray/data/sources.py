@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from plora_ray.data.formats import COMPRESSIONS, EXTENSIONS, Records, csv_records, format_of, is_data_file, json_records, parquet_records
 from plora_ray.data.huggingface import HuggingFaceName, hugging_face_records, hugging_face_splits, hugging_face_units
+from plora_ray.data.lamp import LAMP, lamp_records, lamp_units
 from plora_ray.data.locations import holds_credentials, shown_location
 from plora_ray.data.paper import PAPER, paper_records, paper_units
 from plora_ray.data.rows import BadRow, RawRows, RowProblem, RowRules, Task, class_label
@@ -136,6 +137,8 @@ def list_units(settings: SourceSettings) -> list[ReadUnit]:
         return hugging_face_units(settings.source)
     if settings.source.startswith(PAPER):
         return paper_units(settings.source)
+    if settings.source.startswith(LAMP):
+        return lamp_units(settings.source)
     files, fs = _list_files(settings)
     with ThreadPoolExecutor(FOOTER_THREADS) as threads:
         return [unit for units in threads.map(lambda file: _units_of_file(fs, file, settings), files) for unit in units]
@@ -241,6 +244,8 @@ def _records(unit: ReadUnit, settings: SourceSettings) -> Iterator[Records]:
         yield from _synthetic_records(unit)
     elif unit.kind == "paper":
         yield from paper_records(unit)
+    elif unit.kind == "lamp":
+        yield from lamp_records(unit)
     elif unit.kind == "hf":
         assert unit.split is not None  # set by _hugging_face_units
         chosen = HuggingFaceName.from_url(unit.file.partition("#")[0])

@@ -14,7 +14,7 @@ class ReadUnit(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["parquet", "csv", "jsonl", "hf", "paper", "synthetic"]
+    kind: Literal["parquet", "csv", "jsonl", "hf", "paper", "lamp", "synthetic"]
     file: str  # a path, or the URL of what isn't a file
     part: int = 0  # row group or shard
     first: int = 0
