@@ -46,14 +46,16 @@ VARIANTS = {
     "top two blocks": Variant({"top_layers": 2}),
     "head hears a bias": Variant({"head_terms": "bias"}),
     "head hears tastes": Variant({"head_terms": "taste"}),
+    "rank 64": Variant({"rank": 64, "alpha": 128.0}),
     "d = 16": Variant({"user_dim": 16}),
     "dropout 0.1": Variant({"dropout": 0.1}),
     "personalised dropout 0": Variant(training={"user_dropout": 0.0}),
     "personalised dropout 0.3": Variant(training={"user_dropout": 0.3}),
-    "mutual information 0.01": Variant(training={"mutual_information": {"weight": 0.01}}),
+    "mutual information 0.1": Variant(training={"mutual_information": {"weight": 0.1}}),
     "vectors at half the rate": Variant(training={"user_learning_rate": 0.005}),
     "vectors at twice the rate": Variant(training={"user_learning_rate": 0.02}),
     "all else at half the rate": Variant(training={"learning_rate": 5e-4}),
+    "all else at twice the rate": Variant(training={"learning_rate": 2e-3}),
     "logits as trained": Variant(training={"calibrate": False}),
 }
 
@@ -64,7 +66,7 @@ def main(
     seeds: Annotated[str, typer.Option(help="Population stages to repeat all with, comma between.")] = "0,1,2",
     only: Annotated[list[str] | None, typer.Option(help="Variants, by name; all by default.")] = None,
     known_users: Annotated[int, typer.Option(help="Users of cohort a.")] = 120,
-    new_users: Annotated[int, typer.Option(help="Users of cohort b.")] = 60,
+    new_users: Annotated[int, typer.Option(help="Users of cohort b, at most.")] = 200,
     rows: Annotated[int, typer.Option(help="Training rows a known user has at most.")] = 16,
     epochs: Annotated[int, typer.Option(help="Passes of the population stage.")] = 2,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 48,
@@ -75,7 +77,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     cohorts = read_users(data, max_length)
     known = chosen_users(cohorts["a"], known_users, rows)
-    new = chosen_users(cohorts["b"], new_users, NEW_USER_EXAMPLES)
+    new = chosen_users(cohorts["b"], new_users, NEW_USER_EXAMPLES, judged=1)
     found: dict[str, list[dict[str, float]]] = {}
     for seed in (int(text) for text in seeds.split(",")):
         for name in only or VARIANTS:
@@ -89,18 +91,19 @@ def main(
         print(f"| {name} | " + " | ".join(f"{means[figure]:.4f}" for figure in means) + " |", flush=True)
 
 
-def chosen_users(users: list[UserRows], count: int, rows: int) -> list[UserRows]:
+def chosen_users(users: list[UserRows], count: int, rows: int, judged: int = 2) -> list[UserRows]:
     """The first users with so many training rows, of which they keep so many, and two validation rows; test rows are left behind.
 
-    Every other validation row takes the place of a test row: it is what is judged, and nothing is calibrated or fitted by it.
+    Every validation row, or every other one (`judged` 1, 2), takes the place of a test row: it is what is judged, and nothing is
+    calibrated or fitted by it.
     """
     fit = [user for user in users if len(user.of_split("train")) >= rows and len(user.of_split("validation")) > 1]
-    return [_judged(user.take(user.of_split("train", rows) + user.of_split("validation"))) for user in fit[:count]]
+    return [_judged(user.take(user.of_split("train", rows) + user.of_split("validation")), judged) for user in fit[:count]]
 
 
-def _judged(user: UserRows) -> UserRows:
+def _judged(user: UserRows, step: int) -> UserRows:
     splits = list(user.splits)
-    for place in user.of_split("validation")[::2]:
+    for place in user.of_split("validation")[::step]:
         splits[place] = SPLITS.index("test")
     return replace(user, splits=splits)
 
