@@ -28,7 +28,8 @@ from benchmarks.figures import Figure
 from benchmarks.processes import MIB, is_worker, pss
 from plora_ray.adapters.pretrained import resolve_model
 from plora_ray.data.partition import PartitionStats, partition_rows
-from plora_ray.data.sources import SourceSettings, list_units, suggest_partitions
+from plora_ray.data.source_settings import SourceSettings
+from plora_ray.data.sources import list_units, suggest_partitions
 from plora_ray.runtime import ray_cluster
 
 DATA = Path("../shared/data/nsmc_ko.parquet")

@@ -16,7 +16,7 @@ from plora_ray.config.model import AdapterSettings, ModelSettings, StoreSettings
 from plora_ray.config.section import Section
 from plora_ray.config.serving import ServingSettings
 from plora_ray.config.training import AdamSettings, TrainingSettings
-from plora_ray.data.sources import SourceSettings
+from plora_ray.data.source_settings import SourceSettings
 
 # A vector has few numbers, each of which must go far; matrices have thousands and soon know few rows by heart.
 ADAM_LEARNING_RATES: dict[Kind, float] = {"plora": 2e-2, "lora": 3e-4}

@@ -4,7 +4,7 @@ the cluster, tokenised once, and handed out in batches bounded by tokens. Below 
 from plora_ray.data.batches import collate, pad_tokens, token_budget_batches
 from plora_ray.data.partition import PartitionProgress, partition_rows
 from plora_ray.data.rows import SPLITS, SplitName, Task
-from plora_ray.data.sources import ColumnMapping, SourceSettings
+from plora_ray.data.source_settings import ColumnMapping, SourceSettings
 from plora_ray.data.stats import PartitionCounts, PartitionStats, label_space
 from plora_ray.data.table import PartitionTable, read_partition
 

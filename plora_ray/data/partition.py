@@ -21,7 +21,8 @@ import numpy as np
 from plora_ray.data.fragments import Fragment
 from plora_ray.data.passes import BAD_ROWS_SHOWN, PartitionJob, PartitionResult, UnitResult, finish_partition, fragment_unit, load_tokenizer
 from plora_ray.data.rows import SPLITS, BadRow, SplitName, Task
-from plora_ray.data.sources import SourceSettings, fingerprint, list_units
+from plora_ray.data.source_settings import SourceSettings
+from plora_ray.data.sources import fingerprint, list_units
 from plora_ray.data.stats import PartitionCounts, PartitionStats, add_labels, label_space, read_done, write_done
 from plora_ray.data.table import PartitionTable, read_partition
 from plora_ray.data.units import ReadUnit

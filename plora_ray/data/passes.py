@@ -18,7 +18,8 @@ from pydantic import BaseModel
 
 from plora_ray.data.fragments import FragmentWriter, read_pieces
 from plora_ray.data.rows import SPLITS, BadRow, RawRows, SplitName, Task
-from plora_ray.data.sources import SourceSettings, read_unit
+from plora_ray.data.source_settings import SourceSettings
+from plora_ray.data.sources import read_unit
 from plora_ray.data.stats import PartitionCounts, refuse_too_many_classes
 from plora_ray.data.table import PartitionTable, as_partition, partition_schema, write_partition
 from plora_ray.data.trained_users import TrainedUsers, trained_users, write_trained_users

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.data.rows import BadRow, Row
-from plora_ray.data.sources import SourceSettings, list_units, read_unit
+from plora_ray.data.source_settings import SourceSettings
+from plora_ray.data.sources import list_units, read_unit
 from plora_ray.data.units import ReadUnit
 from plora_ray.errors import DataError
 from plora_ray.evaluation.baselines import LabelHistory

@@ -22,7 +22,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from plora_ray.config import Settings, parse_settings
-from plora_ray.data.sources import ColumnMapping, SourceSettings, fingerprint, list_units
+from plora_ray.data.source_settings import ColumnMapping, SourceSettings
+from plora_ray.data.sources import fingerprint, list_units
 from plora_ray.data.units import ReadUnit
 from plora_ray.errors import ConfigError, DataError, PloraError
 from plora_ray.inference.opening import EngineBuilder, open_for_serving

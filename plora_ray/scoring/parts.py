@@ -21,7 +21,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from torch import Tensor
 
 from plora_ray.data.rows import BadRow, Row, RowRules
-from plora_ray.data.sources import SourceSettings, read_unit
+from plora_ray.data.source_settings import SourceSettings
+from plora_ray.data.sources import read_unit
 from plora_ray.data.units import ReadUnit
 from plora_ray.errors import DataError
 from plora_ray.inference import Answer, InferenceEngine

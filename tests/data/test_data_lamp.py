@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import plora_ray.data.lamp as lamp
 from plora_ray.data.rows import BadRow, Row, RowRules
-from plora_ray.data.sources import SourceSettings, list_units, read_unit
+from plora_ray.data.source_settings import SourceSettings
+from plora_ray.data.sources import list_units, read_unit
 from plora_ray.errors import DataError
 
 PROMPTS = {

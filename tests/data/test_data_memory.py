@@ -21,7 +21,8 @@ import psutil
 from plora_ray.data import fragments
 from plora_ray.data.fragments import Fragment
 from plora_ray.data.passes import PartitionJob, fragment_unit, finish_partition
-from plora_ray.data.sources import SourceSettings, list_units
+from plora_ray.data.source_settings import SourceSettings
+from plora_ray.data.sources import list_units
 from plora_ray.store import ObjectStore
 import numpy as np
 

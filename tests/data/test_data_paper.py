@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from plora_ray.data.rows import BadRow, Row, RowRules
-from plora_ray.data.sources import SourceSettings, list_units, read_unit
+from plora_ray.data.source_settings import SourceSettings
+from plora_ray.data.sources import list_units, read_unit
 from plora_ray.errors import DataError
 
 WIDE = "{user}\t\t{item}\t\t{label}\t\t{text}\n"  # IMDB, YELP: two tabs, no header

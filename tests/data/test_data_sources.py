@@ -11,7 +11,8 @@ import pytest
 
 from plora_ray.data.locations import holds_credentials, shown_location
 from plora_ray.data.rows import BadRow, RowRules
-from plora_ray.data.sources import ColumnMapping, SourceSettings, fingerprint, list_units, read_unit, suggest_partitions
+from plora_ray.data.source_settings import ColumnMapping, SourceSettings
+from plora_ray.data.sources import fingerprint, list_units, read_unit, suggest_partitions
 from plora_ray.data.units import ReadUnit
 from plora_ray.errors import DataError
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from plora_ray.config import parse_settings
 from plora_ray.data.rows import BadRow, Row
-from plora_ray.data.sources import SourceSettings, list_units, read_unit
+from plora_ray.data.source_settings import SourceSettings
+from plora_ray.data.sources import list_units, read_unit
 from plora_ray.data.splits import split_by_text
 from plora_ray.errors import ConfigError
 
