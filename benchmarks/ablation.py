@@ -78,13 +78,17 @@ def main(
     cohorts = read_users(data, max_length)
     known = chosen_users(cohorts["a"], known_users, rows)
     new = chosen_users(cohorts["b"], new_users, NEW_USER_EXAMPLES, judged=1)
+    options = {"known": [len(user.ids) for user in known], "new": [len(user.ids) for user in new], "epochs": epochs, "tokens": max_length}
     found: dict[str, list[dict[str, float]]] = {}
     for seed in (int(text) for text in seeds.split(",")):
         for name in only or VARIANTS:
             kept = out / f"{data.stem}-{seed}-{_slug(name)}.json"
             if not kept.exists():
-                kept.write_text(json.dumps(_tried(VARIANTS[name], known, new, seed, epochs)))
-            found.setdefault(name, []).append(json.loads(kept.read_text()))
+                kept.write_text(json.dumps({"options": options, "figures": _tried(VARIANTS[name], known, new, seed, epochs)}))
+            finished = json.loads(kept.read_text())
+            if finished["options"] != options:
+                raise typer.BadParameter(f"{kept} was made with other options: give another --out")
+            found.setdefault(name, []).append(finished["figures"])
             print(json.dumps({"variant": name, "seed": seed, **found[name][-1]}), flush=True)
     for name, values in found.items():
         means = {figure: round(float(np.mean([value[figure] for value in values])), 4) for figure in values[0]}

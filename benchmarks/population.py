@@ -42,7 +42,7 @@ from plora_ray.training.engine import EngineOptions, ShardedTrainer
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.population import PopulationStage, StepsDone
-from plora_ray.training.prior import estimate_prior
+from plora_ray.training.prior import estimate_prior, prior_as_trained
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
 
@@ -189,7 +189,8 @@ def train_population(
         PopulationStage(trainer, rows, table, settings, 0, checkpoints, bar.on_steps, lambda: None, population.below(rows)).run()
     trainer.freeze()
     if settings.calibrate:
-        trainer.load(calibrate(population.passes(rows), rows).of_shared(trainer.gathered()))
+        average = None if table is None else prior_as_trained(table, rows).mean
+        trainer.load(calibrate(population.passes(rows), rows, average).of_shared(trainer.gathered()))
     if table is None:
         return population
     prior = estimate_prior(table, population.passes(rows), rows, "classification")

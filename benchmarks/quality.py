@@ -10,6 +10,7 @@ goes on; the table is over all seeds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -54,21 +55,25 @@ def main(
 ) -> None:
     """Train, evaluate, and print one table over all seeds."""
     out.mkdir(parents=True, exist_ok=True)
-    sample = out / "sample.parquet"
     rows = draw(data, where, edges, split_times, (users, new_users), (least_rows, least_test_rows), rows_per_user)
-    rows.to_parquet(sample)
     names = list(RIVALS) if rivals == "all" else [name for name in rivals.split(",") if name]
     told = rows.groupby(["cohort", "split"]).size()
     print({f"{cohort} {split}": int(count) for (cohort, split), count in told.items()}, file=sys.stderr, flush=True)
+    digest = hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()[:16]
+    sample = out / f"sample-{digest}.parquet"
+    rows.to_parquet(sample)
+    options = {"rows": digest, "rivals": names, "model": model, "max_length": max_length, "epochs": epochs}
     found = []
     for seed in (int(text) for text in seeds.split(",")):
         kept = out / f"seed-{seed}.json"
         if not kept.exists():
             settings = _settings(sample.resolve(), (out / f"store-{seed}").resolve(), model, max_length, epochs, seed)
-            run = one_seed(settings, names, out / f"report-{seed}")
+            run = {"options": options, **one_seed(settings, names, out / f"report-{seed}")}
             kept.with_suffix(".part").write_text(json.dumps(run))
             kept.with_suffix(".part").rename(kept)
         found.append(json.loads(kept.read_text()))
+        if found[-1].get("options") != options:
+            raise typer.BadParameter(f"{kept} was made from other rows or with other options: give another --out")
     points = [[Point.from_json(point) for point in run["points"]] for run in found]
     lines = lines_of(points, [run["costs"] for run in found], [run["calibrations"] for run in found])
     print("\n".join(json.dumps(line) for line in lines) if as_json else markdown(lines))

@@ -47,7 +47,7 @@ def lines_of(
 ) -> list[dict[str, Any]]:
     """One line a protocol and predictor. Seeds are pooled; intervals and p by users as a whole, so that a user's seeds count as one.
 
-    calibrations: of each run, by trained baseline, scale and base of its Calibration.
+    calibrations: of each run, by trained baseline, the fields of its RivalCalibration.
     """
     lines = []
     for first in runs[0]:
@@ -80,8 +80,9 @@ def as_trained(name: str, points: Sequence[Point], calibrations: Sequence[dict[s
     for point, found in zip(points, calibrations, strict=True):
         if name not in found:
             return None
-        base = np.array(found[name]["base"])
-        logits = base + (point.predicted[name] - base) / found[name]["scale"]  # the constant that softmax took away doesn't matter
+        used = found[name]["known" if point.examples is None else "new"]
+        base = np.array(used["base"])
+        logits = base + (point.predicted[name] - base) / used["scale"]  # the constant that softmax took away doesn't matter
         losses.append(row_nll(log_softmax(logits), point.labels).mean())
     return round(float(np.mean(losses)), 5)
 

@@ -28,11 +28,11 @@ from cluster.local import LocalCluster
 from cluster.node_process import free_port
 from cluster.s3_server import S3Server
 from plora_ray.client import Client
+from plora_ray.evaluation.baselines import LabelHistory
 from plora_ray.evaluation.metrics import (
     as_json,
     bootstrap_by_user,
     classification_scores,
-    label_prior_log_probabilities,
     paired,
     row_nll,
 )
@@ -141,7 +141,7 @@ def _onboard(client: Client, rows: list[Row]) -> None:
             answers += client.predict([(name, row["text"]) for row in parts["test"]])
         scores = np.log(np.array([[answer["scores"][label] for label in classes] for answer in answers]))
         population = scores if population is None else population
-        prior = label_prior_log_probabilities(counts, owners, frequencies)
+        prior = LabelHistory.of_totals("classification", counts, frequencies, int(counts.sum())).label_prior(owners)
         _print(
             f"cohort_b_{count}_examples",
             {

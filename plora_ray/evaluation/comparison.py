@@ -170,7 +170,7 @@ class ComparisonTotals:
                 name: PredictorScores(
                     scores=self._scores[name].scores(),
                     intervals={metric: value for (owner, metric), value in values.items() if owner == name},
-                    by_user={metric: abs(mean) for (owner, metric), mean in by_user.items() if owner == name},
+                    by_user={metric: _unsigned(metric, mean) for (owner, metric), mean in by_user.items() if owner == name},
                 )
                 for name in self._scores
             },
@@ -184,9 +184,7 @@ class ComparisonTotals:
         costs, rows = self._by_user()
         gained = self._gained([POPULATION])
         sums = self._user_gains(costs, gained)
-        return {
-            metric: UserGains.of(sums[:, place], self._user_squares[0][:, place], rows) for place, (_, metric) in enumerate(gained)
-        }
+        return {metric: UserGains.of(sums[:, place], self._user_squares[0][:, place], rows) for place, (_, metric) in enumerate(gained)}
 
     def gains_of(self, users: Ints, seed: int = 0) -> dict[str, Interval]:
         """By metric, what the subject gains over the population on the rows of `users` (places in the order of adding)."""
@@ -230,7 +228,7 @@ class ComparisonTotals:
         gained: Mapping[tuple[str, str], tuple[int, int]], sums: NDArray[np.float32], rows: NDArray[np.int32]
     ) -> dict[tuple[str, str], float]:
         """Of every gain [users, gains], adjusted over the predictors that one metric compares."""
-        raw = {column: p_value(*ratio_and_error(sums[:, place], rows)) for place, column in enumerate(gained)}
+        raw = {column: p_value(*ratio_and_error(sums[:, place], rows), len(rows)) for place, column in enumerate(gained)}
         adjusted: dict[tuple[str, str], float] = {}
         for metric in dict.fromkeys(metric for _, metric in gained):
             columns = [column for column in gained if column[1] == metric]
@@ -274,6 +272,11 @@ def compare(
     return totals.result(examples=examples, seed=seed)
 
 
+def _unsigned(metric: str, cost: float) -> float:
+    """The figure itself: accuracy counts as a cost with the other sign."""
+    return -cost if metric == "accuracy" else cost
+
+
 def _as_value(metric: str, cost: Interval) -> Interval:
-    """Accuracy counts as a cost with the other sign."""
+    """As `_unsigned`, with the interval's ends."""
     return Interval(-cost.mean, -cost.high, -cost.low) if metric == "accuracy" else cost

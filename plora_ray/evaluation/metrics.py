@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -187,15 +188,23 @@ def _normal_ratios(sums: Floats | Ints, rows: Floats | Ints) -> list[tuple[float
 
 
 def ratio_and_error(sums: Floats | Ints, rows: Floats | Ints) -> tuple[float, float]:
-    """Mean over rows and its standard error, as users vary. sums, rows: [users] sums over each user's rows, and how many they are."""
-    total = float(rows.sum(dtype=np.float64))
+    """Mean over rows and its standard error, as users vary: infinite for one user.
+
+    sums, rows: [users] sums over each user's rows, and how many they are.
+    """
+    total, users = float(rows.sum(dtype=np.float64)), len(rows)
     mean = float(sums.sum(dtype=np.float64)) / total
-    return mean, float(np.sqrt(((sums - mean * rows) ** 2).sum(dtype=np.float64))) / total
+    if users < 2:
+        return mean, math.inf
+    squares = float(((sums - mean * rows) ** 2).sum(dtype=np.float64))
+    return mean, math.sqrt(squares * users / (users - 1)) / total
 
 
-def p_value(mean: float, error: float) -> float:
-    """Two-sided, of a mean of zero, by the normal law."""
-    return math.erfc(abs(mean) / error / math.sqrt(2)) if error > 0 else float(mean == 0)
+def p_value(mean: float, error: float, users: int) -> float:
+    """Two-sided, of a mean of zero with this standard error over users, by Student's law: few users show little."""
+    if users < 2:
+        return 1.0
+    return float(2 * stats.t.sf(abs(mean) / error, users - 1)) if error > 0 else float(mean == 0)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -211,16 +220,6 @@ def bootstrap_by_user(values: Floats, users: Ints, seed: int = 0) -> tuple[float
     """95 % interval of the mean of `values` [rows] when whole users [rows] are drawn with replacement."""
     _, index = np.unique(users, return_inverse=True)
     return bootstrap_ratios(np.bincount(index, weights=values)[:, None], np.bincount(index), seed)[0]
-
-
-def label_prior_log_probabilities(label_counts: Floats, users: Ints, population: Floats, strength: float = 2.0) -> Floats:
-    """The baseline that never reads the text: log-probabilities [rows, classes] of each row's user from his own past labels.
-
-    label_counts: [users, classes]; population: [classes] frequencies, added with the weight of `strength` labels.
-    """
-    smoothed = label_counts + strength * population
-    log_probabilities: Floats = np.log(np.maximum(smoothed / smoothed.sum(axis=1, keepdims=True), 1e-12))
-    return log_probabilities[users]
 
 
 def paired(better: Floats, worse: Floats, users: Ints, seed: int = 0) -> dict[str, float]:

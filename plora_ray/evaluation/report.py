@@ -12,7 +12,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from plora_ray.adapters.calibration import Calibration
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.comparison import Comparison
@@ -20,6 +19,7 @@ from plora_ray.evaluation.cost_page import CostPage
 from plora_ray.evaluation.page import INTERVALS, PREDICTORS, comparison_table, costs_table, groups_table, page, picture, table
 from plora_ray.evaluation.plots import few_shot_curves, gain_histograms, gain_over_time
 from plora_ray.evaluation.predictor_cost import PredictorCost
+from plora_ray.evaluation.rivals.calibrations import RivalCalibration
 from plora_ray.evaluation.verdict import verdict
 
 GAIN_PLOT, FEW_PLOT, TIME_PLOT = "gain_per_user.png", "few_shot.png", "gain_over_time.png"
@@ -69,7 +69,7 @@ class Evaluation:
     results: tuple[ProtocolResult, ...]
     costs: CostPage | None = None
     predictor_costs: Mapping[str, PredictorCost] = field(default_factory=dict)
-    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    calibrations: Mapping[str, RivalCalibration] = field(default_factory=dict)
 
     def comparisons(self, protocol: str) -> Sequence[Comparison]:
         """The protocol's comparisons; none if it was skipped or not asked for."""
@@ -137,8 +137,9 @@ def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
 def _scales(evaluation: Evaluation) -> str:
     if not evaluation.calibrations:
         return ""
-    shown = ", ".join(f"{PREDICTORS[name]} {found.scale:.2f}" for name, found in evaluation.calibrations.items())
-    told = f"Trained baselines are calibrated: validation rows chose the scale of their logits ({shown})."
+    scales = {name: (found.known.scale, found.new.scale) for name, found in evaluation.calibrations.items()}
+    shown = ", ".join(f"{PREDICTORS[name]} {known:.2f} and {new:.2f}" for name, (known, new) in scales.items())
+    told = f"Trained baselines are calibrated: validation rows chose the scales of their logits for known and for new users ({shown})."
     return f"<p>{escape(told)}</p>"
 
 

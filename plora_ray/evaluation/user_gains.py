@@ -9,42 +9,46 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from plora_ray.evaluation.metrics import Floats, Ints
 
 HISTOGRAM_BINS = 30
 FEWEST_ROWS = 5  # of a user: below it a gain's own noise can't be told
-NOISE = 1.96  # standard errors: of users whom the adapter does nothing, one in forty is beyond it on either side by chance
+CHANCE = 0.025  # of a user whom the adapter does nothing to be beyond noise, on either side, were gains normal
 
 
 @dataclass(frozen=True, eq=False)
 class UserGains:
-    """means: [users] mean gain a row, positive is better. errors: [users] standard errors over the user's rows, NaN below FEWEST_ROWS."""
+    """means: [users] mean gain a row, positive is better. noise: [users] how large a mean of the user's rows is by CHANCE, by Student's
+    law for so many rows; NaN below FEWEST_ROWS."""
 
     means: Floats
-    errors: Floats
+    noise: Floats
 
     @classmethod
     def of(cls, sums: Floats, squares: Floats, rows: Ints) -> UserGains:
         """sums, squares: [users] of the gains of each user's rows; rows: [users] how many they are, one at least."""
         means = sums / rows
         variance = np.maximum(squares / rows - means**2, 0) * rows / np.maximum(rows - 1, 1)
-        return cls(means, np.where(rows >= FEWEST_ROWS, np.sqrt(variance / rows), np.nan))
+        different, places = np.unique(rows, return_inverse=True)
+        errors_allowed = stats.t.isf(CHANCE, np.maximum(different - 1, 1))[places]
+        return cls(means, np.where(rows >= FEWEST_ROWS, errors_allowed * np.sqrt(variance / rows), np.nan))
 
     @property
     def judged(self) -> int:
         """Users with rows enough to tell a gain from noise."""
-        return int(np.isfinite(self.errors).sum())
+        return int(np.isfinite(self.noise).sum())
 
     @property
     def helped(self) -> float:
         """Share of the judged users who gain beyond noise."""
-        return float((self.means > NOISE * self.errors).sum()) / max(self.judged, 1)
+        return float((self.means > self.noise).sum()) / max(self.judged, 1)
 
     @property
     def harmed(self) -> float:
         """Share of the judged users who lose beyond noise."""
-        return float((self.means < -NOISE * self.errors).sum()) / max(self.judged, 1)
+        return float((self.means < -self.noise).sum()) / max(self.judged, 1)
 
     @property
     def worst_decile(self) -> float:

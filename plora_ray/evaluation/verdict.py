@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval
+from plora_ray.evaluation.user_gains import CHANCE
 
 FEWEST_USERS = 10  # below it a bootstrap over users says little
-CHANCE_PERCENT = 2.5  # beyond NOISE standard errors on one side
+CHANCE_PERCENT = 100 * CHANCE
 
 
 def verdict(full: Comparison | None, few: Sequence[Comparison], zero: Comparison | None) -> str:

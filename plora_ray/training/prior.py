@@ -28,7 +28,7 @@ CALIBRATION_ROWS = 1024  # rows a rank looks at
 
 def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
     """The prior that all ranks agree on. All ranks must call; validation rows are welcome and not needed."""
-    prior = _moments_of(table, rows)
+    prior = prior_as_trained(table, rows)
     users, dim = _calibration_users(rows), len(prior.mean)
     chosen = rows.to_fit(users)
     linear, texts = passes.linearise(chosen, prior.mean)
@@ -52,8 +52,8 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
     return prior
 
 
-def _moments_of(table: UserTable, rows: RankRows) -> UserPrior:
-    """Mean and shrunk covariance of the vectors of all ranks' users whom the population stage met."""
+def prior_as_trained(table: UserTable, rows: RankRows) -> UserPrior:
+    """Mean and shrunk covariance of the vectors of all ranks' users whom the population stage met. All ranks must call."""
     met = table.vectors[(table.steps > 0) & ~torch.from_numpy(rows.erased)].double()
     dim = met.shape[1]
     sums = torch.cat([torch.tensor([float(len(met))], dtype=torch.float64), met.sum(0), (met.T @ met).flatten()])

@@ -32,7 +32,7 @@ from plora_ray.training.fitters import AdamFitter, NewtonFitter, WaveFitter
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.plan import PartitionPlan
 from plora_ray.training.population import PopulationStage, StepsDone
-from plora_ray.training.prior import estimate_prior
+from plora_ray.training.prior import estimate_prior, prior_as_trained
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.run_state import RunState
 from plora_ray.training.user_stage import UserStage, WaveDone
@@ -205,7 +205,8 @@ def _settled(
     shared = trainer.gathered()
     trainer.freeze()
     if settings.training.calibrate and settings.task == "classification":
-        shared = _once(run.load_calibration, lambda: calibrate(passes, rows), run.save_calibration).of_shared(shared)
+        average = None if table is None else prior_as_trained(table, rows).mean
+        shared = _once(run.load_calibration, lambda: calibrate(passes, rows, average), run.save_calibration).of_shared(shared)
         trainer.load(shared)
     if table is None:
         return shared, None

@@ -114,7 +114,7 @@ class WaveTotals:
         else:
             by_user = np.column_stack([outcome.label_counts[:, 0], outcome.examples])
             answers = {WITH_USER: self._in_units(outcome.personal[:, 0]), POPULATION: self._in_units(outcome.population[:, 0])}
-        history = LabelHistory(self._labels.task, by_user, self._overall, self.examples)
+        history = LabelHistory.of_totals(self._labels.task, by_user, self._overall, self.examples)
         prior = history.label_prior(outcome.row_users)
         return {**answers, LABEL_PRIOR: prior if self._labels.task == "classification" else self._in_units(prior)}
 

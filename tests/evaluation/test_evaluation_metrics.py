@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -167,7 +169,7 @@ def test_a_gain_is_positive_when_the_subject_is_better_and_is_paired_by_row(user
     assert found.gains[POPULATION]["accuracy"].mean == pytest.approx((labels == 1).mean())
     assert found.user_gains is not None
     np.testing.assert_allclose(found.user_gains.means, np.log(0.9 / 0.5), rtol=1e-6)
-    assert nll.p == 0.0 and found.user_gains.helped == 1.0 and found.user_gains.harmed == 0.0
+    assert nll.p < 1e-300 and found.user_gains.helped == 1.0 and found.user_gains.harmed == 0.0
 
 
 def test_users_are_judged_by_the_noise_of_their_own_rows_whatever_the_pieces() -> None:
@@ -184,17 +186,18 @@ def test_users_are_judged_by_the_noise_of_their_own_rows_whatever_the_pieces() -
     by_user = [per_row[users == user] for user in range(60)]
     enough = [values for values in by_user if len(values) >= 5]
     np.testing.assert_allclose(gains.means, [values.mean() for values in by_user], atol=1e-5)
-    np.testing.assert_allclose(gains.errors[np.isfinite(gains.errors)], [stats.sem(values) for values in enough], rtol=1e-3)
+    noise = [stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) for values in enough]
+    np.testing.assert_allclose(gains.noise[np.isfinite(gains.noise)], noise, rtol=1e-3)
     assert gains.judged == len(enough) < 60
-    assert gains.harmed == pytest.approx(np.mean([values.mean() < -1.96 * stats.sem(values) for values in enough]))
+    assert gains.harmed == pytest.approx(np.mean([values.mean() < -limit for values, limit in zip(enough, noise, strict=True)]))
     assert gains.worst_decile == pytest.approx(np.sort([values.mean() for values in by_user])[:6].mean(), abs=1e-5)
 
 
 def test_an_adapter_that_does_nothing_helps_and_harms_few_users_beyond_noise() -> None:
-    rows = np.full(4000, 40)
-    noise = np.random.default_rng(13).normal(size=(4000, 40))
-    gains = UserGains.of(noise.sum(axis=1), (noise**2).sum(axis=1), rows)
-    assert 0.015 < gains.harmed < 0.045 and 0.015 < gains.helped < 0.045
+    for rows in (5, 40):
+        noise = np.random.default_rng(13).normal(size=(20_000, rows))
+        gains = UserGains.of(noise.sum(axis=1), (noise**2).sum(axis=1), np.full(20_000, rows))
+        assert gains.harmed == pytest.approx(0.025, abs=0.004) and gains.helped == pytest.approx(0.025, abs=0.004)
 
 
 def test_p_values_are_of_users_not_rows_and_hold_together(users: np.ndarray) -> None:
@@ -206,22 +209,65 @@ def test_p_values_are_of_users_not_rows_and_hold_together(users: np.ndarray) -> 
     for name in (POPULATION, MAJORITY):
         gain = metrics.row_nll(predicted[name], labels) - metrics.row_nll(predicted[WITH_USER], labels)
         influence = [(gain[users == user] - gain.mean()).sum() / len(users) for user in np.unique(users)]
-        raw.append(2 * stats.norm.sf(abs(gain.mean()) / np.sqrt(np.square(influence).sum())))
+        count = len(influence)
+        raw.append(2 * stats.t.sf(abs(gain.mean()) / np.sqrt(np.square(influence).sum() * count / (count - 1)), count - 1))
     expected = [min(1, 2 * raw[0]), raw[1]] if raw[0] <= raw[1] else [raw[0], min(1, 2 * raw[1])]
     expected = [max(value, min(1, 2 * min(raw))) for value in expected]
     assert [found.gains[name]["nll"].p for name in (POPULATION, MAJORITY)] == pytest.approx(expected, rel=1e-3)
     assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
+def test_one_user_alone_shows_nothing() -> None:
+    predicted = {WITH_USER: np.log([[0.9, 0.1]] * 4), POPULATION: np.log([[0.5, 0.5]] * 4)}
+    assert compare(WITH_USER, predicted, np.zeros(4, np.int64), np.zeros(4, np.int64), "classification").gains[POPULATION]["nll"].p == 1.0
+
+
+@pytest.mark.parametrize("users", [5, 12])
+def test_few_users_are_found_to_differ_by_chance_no_more_often_than_the_level_says(users: int) -> None:
+    means, count = np.random.default_rng(21).normal(size=(4000, users)), np.ones(users, np.int64)
+    found = [metrics.p_value(*metrics.ratio_and_error(draw, count), users) for draw in means]
+    assert np.mean(np.array(found) < 0.05) == pytest.approx(0.05, abs=0.012)
+
+
+def test_a_users_mean_cost_keeps_its_sign_where_errors_may_pay() -> None:
+    costs = Costs(np.array([[0.0, -2.0], [-2.0, 0.0]]))
+    paid = np.log([[0.1, 0.9]] * 3)  # the cheapest answer is 0, and 1 is right
+    totals = ComparisonTotals(WITH_USER, "classification", 2, costs=costs)
+    totals.add({WITH_USER: paid}, np.ones(3, np.int64), np.arange(3))
+    scores = totals.result().predictors[WITH_USER]
+    metric = next(name for name in scores.by_user if name not in ("accuracy", "nll"))
+    assert scores.by_user[metric] == pytest.approx(scores.intervals[metric].mean) and scores.by_user[metric] < 0
+
+
+def test_everybodys_habit_weighs_as_much_as_makes_the_users_labels_likeliest() -> None:
+    draw = np.random.default_rng(22)
+    for strength in (1.0, 20.0):
+        habits = draw.dirichlet(strength * np.array([0.3, 0.7]), size=3000)
+        counts = np.array([draw.multinomial(12, habit) for habit in habits])
+        found = LabelHistory.of_totals("classification", counts.astype(float), np.array([0.3, 0.7]), int(counts.sum()))
+        assert found.strength == pytest.approx(strength, rel=0.25)
+        means = draw.normal(size=3000) / np.sqrt(1 + strength)  # what users differ by and what their labels do have variance 1 together
+        labels = means[:, None] + draw.normal(size=(3000, 12)) * np.sqrt(strength / (1 + strength))
+        totals = np.column_stack([labels.sum(axis=1), np.full(3000, 12.0)])
+        assert LabelHistory.of_totals("regression", totals, np.zeros(1), labels.size).strength == pytest.approx(strength, rel=0.25)
+
+
+def test_users_with_one_label_each_dont_tell_how_habits_differ_so_everybodys_counts() -> None:
+    history = LabelHistory.of(np.arange(40), np.arange(40) % 2, np.ones(40, np.int64), users=40, outputs=2, task="classification")
+    np.testing.assert_allclose(np.exp(history.label_prior(np.array([0]))), [[0.5, 0.5]], atol=1e-3)
+
+
 def test_the_label_prior_draws_a_users_labels_towards_everybodys() -> None:
-    history = LabelHistory.of(np.array([0, 1]), np.array([0, 1]), np.array([6, 2]), users=3, outputs=2, task="classification")
-    np.testing.assert_allclose(history.overall, [0.7, 0.3])
+    found = LabelHistory.of(np.array([0, 1]), np.array([0, 1]), np.array([6, 2]), users=3, outputs=2, task="classification")
+    np.testing.assert_allclose(found.overall, [0.7, 0.3])
+    history = replace(found, strength=2.0)
     np.testing.assert_allclose(np.exp(history.label_prior(np.array([0, 1, 2]))), [[7.4 / 8, 0.6 / 8], [1.4 / 4, 2.6 / 4], [0.7, 0.3]])
     np.testing.assert_allclose(np.exp(history.majority(np.array([1]))), [[0.7, 0.3]])
 
 
 def test_the_label_prior_of_a_regression_is_a_shrunken_mean() -> None:
-    history = LabelHistory.of(np.array([0, 1]), np.array([4.0, 1.0]), np.array([3, 1]), users=3, outputs=1, task="regression")
+    found = LabelHistory.of(np.array([0, 1]), np.array([4.0, 1.0]), np.array([3, 1]), users=3, outputs=1, task="regression")
+    history = replace(found, strength=2.0)
     np.testing.assert_allclose(history.overall, [13 / 4])
     np.testing.assert_allclose(history.label_prior(np.array([0, 1, 2])), [(12 + 6.5) / 5, (1 + 6.5) / 3, 13 / 4])
 
@@ -230,6 +276,7 @@ def test_a_new_users_label_prior_knows_only_the_given_examples() -> None:
     history = LabelHistory.of(np.array([0, 1]), np.array([0, 1]), np.array([6, 2]), users=2, outputs=2, task="classification")
     narrow = history.restricted_to(np.array([1]), np.array([0]))
     np.testing.assert_allclose(narrow.by_user, [[0, 0], [1, 0]])
+    assert narrow.strength == history.strength
     np.testing.assert_allclose(narrow.overall, history.overall)
 
 

@@ -23,11 +23,12 @@ from plora_ray.evaluation.metrics import log_softmax, row_nll
 from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.protocols import evaluate_store
 from plora_ray.evaluation.rivals import released
-from plora_ray.evaluation.rivals.identifiers import IDENTIFIER_TOKENS, identifier
+from plora_ray.evaluation.rivals.calibrations import RivalCalibration
+from plora_ray.evaluation.rivals.identifiers import IDENTIFIER_TOKENS, UserIdentifier, identifier
 from plora_ray.evaluation.rivals.panel import RivalPanel, setup_of
 from plora_ray.evaluation.rivals.registry import RIVALS, build_rivals
 from plora_ray.evaluation.rivals.released import Recipe, ReleasedPlora
-from plora_ray.evaluation.rivals.rival import RivalSetup
+from plora_ray.evaluation.rivals.rival import RivalSetup, strangers
 from plora_ray.evaluation.rows import EvaluationRows, read_rows
 from plora_ray.evaluation.scoring import predictions
 from plora_ray.inference import load_generation
@@ -245,9 +246,33 @@ def test_every_trained_baseline_is_calibrated_on_validation_rows_as_the_generati
     (calibrations, calibrated), (none, as_trained) = found[True], found[False]
     learnt = [row["label"] for row in held_out if row["split"] == "train" and row["cohort"] == "a"]
     base = [np.log((learnt.count(name) + 1) / (len(learnt) + 2)) for name in ("no", "yes")]
-    assert none == {} and calibrations["population-lora"].base == pytest.approx(base)
-    assert calibrations["population-lora"].scale == best_scale(scale_losses(logits, labels, base))
-    np.testing.assert_allclose(calibrated, log_softmax(base + calibrations["population-lora"].scale * (as_trained - base)), atol=1e-5)
+    used = calibrations["population-lora"].known
+    assert none == {} and used.base == pytest.approx(base)
+    assert used.scale == best_scale(scale_losses(logits, labels, base))
+    np.testing.assert_allclose(calibrated, log_softmax(base + used.scale * (as_trained - base)), atol=1e-5)
+
+
+def test_a_baseline_is_as_sure_of_strangers_as_it_may_be_of_strangers(parts: tuple[RivalSetup, EvaluationRows]) -> None:
+    setup, rows = parts
+    assert rows.training is not None
+    rival = build_rivals(["lora-per-user"], setup)["lora-per-user"]
+    rival.fit(rows.training, lambda _: None)
+    found = RivalCalibration.of(rival, setup.labels, rows.training, rows.training)
+    unmet = np.full(len(rows.training.users), -1)
+    base, labels = list(found.new.base), setup.labels.encode(list(rows.training.labels))
+    answers = {"known": rival.logits(rows.training.users, rows.training.texts), "new": rival.logits(unmet, rows.training.texts)}
+    for who, logits in answers.items():
+        assert getattr(found, who).scale == best_scale(scale_losses(torch.from_numpy(logits), labels, base))
+    assert found.known.scale != found.new.scale and found.at(None) == found.known and found.at(0) == found.at(4) == found.new
+
+
+def test_a_stranger_has_another_identifier_than_anybody_met(parts: tuple[RivalSetup, EvaluationRows]) -> None:
+    setup, _ = parts
+    rival = build_rivals(["user-identifier-ia3"], setup)["user-identifier-ia3"]
+    assert isinstance(rival, UserIdentifier)
+    users, texts = np.arange(len(setup.keys)), ["a text"] * len(setup.keys)
+    read = [tuple(ids) for people in (users, strangers(users)) for ids in rival.read_by(people, texts)]
+    assert len(set(read)) == 2 * len(users)
 
 
 def test_users_shuffled_among_the_rows_gain_nothing(parts: tuple[RivalSetup, EvaluationRows]) -> None:

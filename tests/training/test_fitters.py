@@ -167,7 +167,10 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_the_population_is_as_sure_as_the_validation_rows_of_all_users_allow(rows: RankRows, passes: FrozenPasses, alone: None) -> None:
+@pytest.mark.parametrize("average", [None, torch.arange(DIM, dtype=torch.float64)])
+def test_the_population_as_it_will_answer_is_as_sure_as_the_validation_rows_of_all_users_allow(
+    rows: RankRows, passes: FrozenPasses, alone: None, average: torch.Tensor | None
+) -> None:
     held_out = np.flatnonzero(np.arange(USERS * (USERS + 1) // 2) % 4 == 3)
     losses = torch.zeros(len(SCALES), dtype=torch.float64)
     learnt = rows.labels[rows.of_split("train")].tolist()
@@ -175,8 +178,8 @@ def test_the_population_is_as_sure_as_the_validation_rows_of_all_users_allow(row
     for row in held_out:
         ids, mask = rows.inputs(np.array([row]))
         with torch.no_grad():
-            losses += scale_losses(passes._model(ids, mask), rows.labels[[row]], base)
-    found = calibrate(passes, rows)
+            losses += scale_losses(passes._model(ids, mask, None if average is None else average[None].float()), rows.labels[[row]], base)
+    found = calibrate(passes, rows, average)
     assert found.scale == best_scale(losses) < 1 and found.base == pytest.approx(base)
 
 

@@ -19,11 +19,12 @@ from plora_ray.errors import ConfigError
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Ints
 from plora_ray.evaluation.predictor_cost import Size
-from plora_ray.evaluation.rivals.rival import Advance, RivalSetup
+from plora_ray.evaluation.rivals.rival import Advance, RivalSetup, strangers
 from plora_ray.evaluation.rivals.text_model import build
 
 IDENTIFIER_TOKENS = 10
 PREFIX_TOKENS = 10
+STRANGER = b"stranger"  # in front of a key: that of somebody else
 
 
 def identifier(key: bytes, seed: int, tokens: Ints) -> list[int]:
@@ -60,8 +61,10 @@ class UserIdentifier:
         """Token ids of each text behind its user's string; a text that leaves no place for it loses its end."""
         setup = self._setup
         room, found = setup.longest - IDENTIFIER_TOKENS - PREFIX_TOKENS, []
-        for user, ids in zip(users, setup.encode(texts), strict=True):
-            name = identifier(setup.keys[user], setup.course.seed, setup.ordinary_tokens)
+        stands_for = np.where(users < 0, strangers(users), users).tolist()
+        for user, like, ids in zip(users, stands_for, setup.encode(texts), strict=True):
+            key = setup.keys[like] if user >= 0 else STRANGER + setup.keys[like]
+            name = identifier(key, setup.course.seed, setup.ordinary_tokens)
             kept = ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]
             found.append([*kept[: setup.leading], *name, *kept[setup.leading :]])
         return found

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from plora_ray.adapters.calibration import Calibration, best_scale, log_frequencies, scale_losses
 from plora_ray.config import Settings
 from plora_ray.errors import DataError
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Floats, Ints
 from plora_ray.evaluation.predictor_cost import PredictorCost, sampled, seconds_per_request
 from plora_ray.evaluation.progress import Stages
+from plora_ray.evaluation.rivals.calibrations import RivalCalibration
 from plora_ray.evaluation.rivals.course import Course
 from plora_ray.evaluation.rivals.registry import SHUFFLED, build_rivals
 from plora_ray.evaluation.rivals.rival import Rival, RivalSetup
@@ -32,7 +32,7 @@ class RivalPanel:
     def __init__(self, names: Sequence[str], settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows, stages: Stages) -> None:
         self._loaded, self._rows, self._stages = loaded, rows, stages
         self._rivals: Mapping[str, Rival] = {}
-        self.calibrations: dict[str, Calibration] = {}
+        self.calibrations: dict[str, RivalCalibration] = {}
         if not names:
             return
         if rows.training is None or not len(rows.training.users):
@@ -43,7 +43,7 @@ class RivalPanel:
             stages.begin(f"training {name}", len(rows.training.texts) * settings.training.epochs)
             rival.fit(rows.training, stages.advance)
             if calibrates and name != SHUFFLED and rows.validation is not None and len(rows.validation.users):
-                self.calibrations[name] = self._calibration(rival, rows.training, rows.validation)
+                self.calibrations[name] = RivalCalibration.of(rival, loaded.labels, rows.training, rows.validation)
 
     def predict(self, chosen: Ints, examples: int | None) -> dict[str, Floats]:
         """What each says of the test rows `chosen`. examples: how many of each user are known to it; None for trained users."""
@@ -57,7 +57,7 @@ class RivalPanel:
             self._stages.begin(f"rows by {name}", 0)
             logits = rival.logits(users, texts)
             if name in self.calibrations:
-                logits = self.calibrations[name].of_logits(torch.from_numpy(logits)).numpy()
+                logits = self.calibrations[name].at(examples).of_logits(torch.from_numpy(logits)).numpy()
             found[name] = predictions(logits, self._loaded.labels)
         return found
 
@@ -72,13 +72,6 @@ class RivalPanel:
 
             found[name] = PredictorCost(rival.size(), seconds_per_request(answer, sampled(rows)))
         return found
-
-    def _calibration(self, rival: Rival, learnt: LabelledTexts, held_out: LabelledTexts) -> Calibration:
-        """What the job does to a generation, for a rival that has `learnt`."""
-        labels = self._loaded.labels
-        base = log_frequencies(torch.bincount(labels.encode(list(learnt.labels)), minlength=labels.outputs).tolist())
-        logits = torch.from_numpy(rival.logits(held_out.users, held_out.texts))
-        return Calibration(best_scale(scale_losses(logits, labels.encode(list(held_out.labels)), base)), base)
 
     def _examples(self, users: Ints, count: int) -> LabelledTexts:
         own = self._rows.examples

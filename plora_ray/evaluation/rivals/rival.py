@@ -22,6 +22,11 @@ from plora_ray.evaluation.rivals.course import Course
 Advance = Callable[[int], None]  # so many more rows have gone through a model
 
 
+def strangers(users: Ints) -> Ints:
+    """For each user number that of somebody whom nobody has met, a different one for each; for those it gives the users again."""
+    return -1 - users
+
+
 @dataclass(frozen=True)
 class RivalSetup:
     """What rivals have in common with the generation they are compared to.
@@ -59,7 +64,7 @@ class Rival(Protocol):
         """Learn what can be learnt of new users from a few rows each, and forget the new users met before."""
 
     def logits(self, users: Ints, texts: Sequence[str]) -> NDArray[np.float32]:
-        """[rows, outputs] for text i as user `users[i]` reads it."""
+        """[rows, outputs] for text i as user `users[i]` reads it; a number below zero is a stranger's."""
 
     def size(self) -> Size:
         """Of what `fit` has learnt."""
