@@ -285,6 +285,9 @@ def test_users_shuffled_among_the_rows_gain_nothing(parts: tuple[RivalSetup, Eva
     users, nobody = rows.row_users[tests], np.full(len(tests), 10_000)
     personal, population = (row_nll(predictions(rival.logits(who, texts), setup.labels), labels) for who in (users, nobody))
     assert (population - personal).mean() < 0.03  # the true adapters of these users gain ten times that
+    rival.meet(rows.training, ignore)
+    met = row_nll(predictions(rival.logits(users, texts), setup.labels), labels)
+    assert not np.array_equal(met, personal) and (population - met).mean() < 0.03
     assert rival.size().in_all > rival.size().per_user * 24
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,11 @@ class ShuffledUsers:
         advance(len(rows.texts) * self._setup.course.epochs)
 
     def meet(self, rows: LabelledTexts, advance: Advance) -> None:
-        users = np.unique(rows.users)
+        """New users are shuffled among their rows as well."""
+        users, draw = np.unique(rows.users), np.random.default_rng(self._setup.course.seed)
+        shuffled = replace(rows, users=draw.permutation(rows.users))
         fitter = FewShotFitter(self._fitted, batch_tokens=self._setup.course.batch_tokens)
-        given = [rows.of(user) for user in users]
+        given = [shuffled.of(user) for user in users]
         fits = fitter.fit_many([Examples(list(own.texts), list(own.labels)) for own in given])
         self._newcomers = {int(user): torch.from_numpy(fit.vector) for user, fit in zip(users, fits, strict=True)}
         advance(len(rows.texts))
