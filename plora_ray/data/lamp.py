@@ -97,7 +97,8 @@ def _rows(question: Any, golds: dict[str, object], part: str) -> list[tuple[obje
         raise _Malformed(f"has no {task.marker.strip()!r} in its input")
     split, cohort = PARTS[part]
     user = f"{part}-{name}"
-    labelled = [(entry.get(task.text), entry.get(task.label)) for entry in question["profile"] if isinstance(entry, dict)]
+    entries = [entry if isinstance(entry, dict) else {} for entry in question["profile"]]
+    labelled = [(entry.get(task.text), entry.get(task.label)) for entry in entries]
     return [*((user, *pair, "train", cohort) for pair in labelled), (user, text, golds[name], split, cohort)]
 
 

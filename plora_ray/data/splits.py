@@ -60,9 +60,14 @@ class SplitRules:
 
 def split_by_text(text: str, seed: int, validation_fraction: float, test_fraction: float) -> SplitName:
     """The split of a text by a hash of its words and `seed`: texts that differ only in case, spaces or punctuation stay together."""
-    words = " ".join(_WORDS.findall(text.casefold())) or text
-    digest = hashlib.blake2b(words.encode("utf-8"), key=seed.to_bytes(8, "big", signed=True), digest_size=8).digest()
-    share = int.from_bytes(digest, "big") / 2**64
+    share = hash_of_words(text, seed) / 2**64
     if share < test_fraction:
         return "test"
     return "validation" if share < test_fraction + validation_fraction else "train"
+
+
+def hash_of_words(text: str, seed: int) -> int:
+    """64 bits, the same for texts that differ only in case, spaces or punctuation."""
+    words = " ".join(_WORDS.findall(text.casefold())) or text
+    digest = hashlib.blake2b(words.encode("utf-8"), key=seed.to_bytes(8, "big", signed=True), digest_size=8).digest()
+    return int.from_bytes(digest, "big")

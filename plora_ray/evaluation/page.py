@@ -9,7 +9,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval, PredictorScores
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Gain, PredictorScores
 from plora_ray.evaluation.costs import COST, COST_OF_LIKELIEST
 from plora_ray.evaluation.metrics import as_json
 from plora_ray.evaluation.predictor_cost import PredictorCost
@@ -32,7 +32,11 @@ METRICS = {
     "accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "brier": "Brier", "ece": "ECE", "mse": "MSE", "rmse": "RMSE",
     "mae": "MAE", "kappa": "kappa", "r2": "R²", COST: "cost of the decision", COST_OF_LIKELIEST: "cost of the likeliest class",
 }  # fmt: skip
-INTERVALS = "Intervals: 95 %, bootstrap over whole users. Gains are paired on the same rows; positive is better for every metric."
+SHOWN_BELOW = 0.05  # p of a gain
+INTERVALS = (
+    "Intervals: 95 %, bootstrap over whole users. Gains are paired on the same rows; positive is better for every metric. p: of no gain, "
+    f"users as a whole, adjusted for the predictors compared (Holm); coloured below {SHOWN_BELOW}."
+)
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ddd}
@@ -126,12 +130,11 @@ def _score(predictor: PredictorScores, metric: str) -> str:
     return f'{value} <span class="interval">{_number(metric, interval.low)}–{_number(metric, interval.high)}</span>' if interval else value
 
 
-def _gain(metric: str, gain: Interval) -> str:
-    kind = "better" if gain.low > 0 else "worse" if gain.high < 0 else "interval"
-    return (
-        f'<span class="{kind}">{_number(metric, gain.mean, sign="+")}</span> '
-        f'<span class="interval">{_number(metric, gain.low, sign="+")} to {_number(metric, gain.high, sign="+")}</span>'
-    )
+def _gain(metric: str, gain: Gain) -> str:
+    shown = gain.p < SHOWN_BELOW
+    kind = "better" if shown and gain.mean > 0 else "worse" if shown and gain.mean < 0 else "interval"
+    mean, low, high = (_number(metric, value, sign="+") for value in (gain.mean, gain.low, gain.high))
+    return f'<span class="{kind}">{mean}</span> <span class="interval">{low} to {high}, p&nbsp;{gain.p:.2g}</span>'
 
 
 def _number(metric: str, value: float, sign: str = "") -> str:

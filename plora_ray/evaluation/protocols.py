@@ -174,6 +174,8 @@ class _Run:
                 "filter": dict(data.filter),
                 "test_rows": len(rows.labels),
                 "different_test_texts": len(rows.texts),
+                "test_rows_with_a_training_text": rows.learnt_texts,
+                "test_rows_digest": rows.digest,
                 "train_rows": rows.train_rows,
                 "users_in_generation": int(rows.known.sum()),
                 "users_unknown": int((~rows.known).sum()),

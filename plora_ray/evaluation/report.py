@@ -14,9 +14,9 @@ from typing import Any
 
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
-from plora_ray.evaluation.comparison import Comparison
+from plora_ray.evaluation.comparison import POPULATION, Comparison
 from plora_ray.evaluation.cost_page import CostPage
-from plora_ray.evaluation.page import INTERVALS, PREDICTORS, comparison_table, costs_table, groups_table, page, picture, table
+from plora_ray.evaluation.page import INTERVALS, METRICS, PREDICTORS, comparison_table, costs_table, groups_table, page, picture, table
 from plora_ray.evaluation.plots import few_shot_curves, gain_histograms, gain_over_time
 from plora_ray.evaluation.predictor_cost import PredictorCost
 from plora_ray.evaluation.rivals.calibrations import RivalCalibration
@@ -151,7 +151,18 @@ def _section(result: ProtocolResult, pictures: dict[str, str]) -> str:
     note = f"<p>{escape(result.note)}.</p>" if result.note else ""
     groups = ["<h3>By group</h3>", groups_table(result.groups)] if result.groups else []
     periods = ["<h3>By age of the rows</h3>", groups_table(result.periods)] if result.periods else []
-    return "\n".join([head, picture, note, *(comparison_table(comparison) for comparison in result.comparisons), *groups, *periods])
+    tables = [f"{comparison_table(comparison)}{_of_users(comparison)}" for comparison in result.comparisons]
+    return "\n".join([head, picture, note, *tables, *groups, *periods])
+
+
+def _of_users(comparison: Comparison) -> str:
+    """The same when every user counts alike, and what becomes of those who gain least."""
+    loss, gains = comparison.loss, comparison.user_gains
+    told = [f"{PREDICTORS[name]} {comparison.predictors[name].by_user[loss]:.4f}" for name in (comparison.subject, POPULATION)]
+    text = f"When every user counts alike, {METRICS[loss]} is: {', '.join(dict.fromkeys(told))}."
+    if gains is not None:
+        text += f" The tenth of the users who gain least: {gains.worst_decile:+.4f} a row in the mean, noise included."
+    return f"<p><small>{escape(text)}</small></p>"
 
 
 def _plain(value: object) -> str:

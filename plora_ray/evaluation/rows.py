@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.data.rows import BadRow, Row
 from plora_ray.data.source_settings import SourceSettings
 from plora_ray.data.sources import list_units, read_unit
+from plora_ray.data.splits import hash_of_words
 from plora_ray.data.units import ReadUnit
 from plora_ray.errors import DataError
 from plora_ray.evaluation.baselines import LabelHistory
@@ -40,7 +43,8 @@ class EvaluationRows:
     key and whether the generation trained an adapter for him. history: the labels of all training rows. examples: by user
     outside the generation, up to `examples_kept` training rows (text, label) in an order drawn by the seed. groups: names of the
     groups that test rows belong to; row_groups: [rows] index into them, -1 for none. row_times: [rows] in UTC, NaT where not given.
-    training, validation: those rows of the generation's users, if they were asked for.
+    training, validation: those rows of the generation's users, if they were asked for. learnt_texts: how many test rows have a text that
+    training rows have, too, but for case, spaces and punctuation. digest: 16 hex digits of the test rows' texts and labels, in any order.
     """
 
     texts: list[str]
@@ -59,6 +63,8 @@ class EvaluationRows:
     row_times: NDArray[np.datetime64]
     training: LabelledTexts | None = None
     validation: LabelledTexts | None = None
+    learnt_texts: int = 0
+    digest: str = ""
 
 
 def read_rows(
@@ -124,6 +130,9 @@ class _Collector:
     train_rows: int = 0
     _training: list[tuple[int, str, str | float]] = field(default_factory=list)
     _validation: list[tuple[int, str, str | float]] = field(default_factory=list)
+    _train_words: array[int] = field(default_factory=lambda: array("Q"))
+    _test_words: array[int] = field(default_factory=lambda: array("Q"))
+    _digest: int = 0
     _users: dict[str, int | None] = field(default_factory=dict)  # None: erased, so nothing of his is looked at
     _keys: list[bytes] = field(default_factory=list)
     _known: list[bool] = field(default_factory=list)
@@ -141,6 +150,9 @@ class _Collector:
         if user is None:
             return
         if split == "test":
+            self._test_words.append(hash_of_words(row.text, self.seed))
+            own = hashlib.blake2b(json.dumps([row.text, row.label]).encode(), digest_size=8).digest()
+            self._digest = (self._digest + int.from_bytes(own, "big")) % 2**64
             self._tests.append((self._texts.setdefault(row.text, len(self._texts)), user, row.label))
             self._test_groups.append(-1 if row.group is None else self._groups.setdefault(row.group, len(self._groups)))
             self._test_times.append(None if row.timestamp is None else row.timestamp.replace(tzinfo=None))
@@ -148,6 +160,7 @@ class _Collector:
                 raise DataError(f"columns.group has more than {MOST_GROUPS} different values: name a column of few, or none")
         elif split == "train":
             self.train_rows += 1
+            self._train_words.append(hash_of_words(row.text, self.seed))
             self._history[user, row.label] += 1
             if not self._known[user]:
                 self._offer_example(user, row)
@@ -175,6 +188,8 @@ class _Collector:
             row_times=np.array(self._test_times, "datetime64[us]"),
             training=LabelledTexts.of_rows(self._training) if self.keep_training else None,
             validation=LabelledTexts.of_rows(self._validation) if self.keep_training else None,
+            learnt_texts=int(np.isin(self._test_words, self._train_words).sum()),
+            digest=f"{self._digest:016x}",
         )
 
     def _user(self, user_id: str) -> int | None:

@@ -21,7 +21,10 @@ COLUMNS = ("run", "protocol", "examples", "users", "rows")
 
 @dataclass(frozen=True)
 class RunLine:
-    """One protocol (few-shot: one number of examples) of one run. metrics: by name, (without user, with user, gain, its interval)."""
+    """One protocol (few-shot: one number of examples) of one run. metrics: by name, (without user, with user, gain, its interval).
+
+    answered: by metric, the interval of what the generation answers. digest: of all test rows of the run.
+    """
 
     run: str
     protocol: str
@@ -30,6 +33,8 @@ class RunLine:
     rows: int
     harmed: float | None
     metrics: dict[str, tuple[float, float | None, float | None, tuple[float, float] | None]]
+    answered: dict[str, tuple[float, float]]
+    digest: str
 
     def to_json(self) -> dict[str, Any]:
         names = ("without_user", "with_user", "gain", "interval")
@@ -69,13 +74,13 @@ def _lines(run: str, path: Path) -> Iterator[RunLine]:
         report = json.loads(path.read_text(encoding="utf-8"))
         for protocol, found in report["protocols"].items():
             for point in found.get("points", [found]) if found["status"] == "evaluated" else ():
-                yield _line(run, protocol, point)
+                yield _line(run, protocol, point, report["data"]["test_rows_digest"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it isn't a report ({type(error).__name__})"
         raise ConfigError(f"{path} can't be read: {reason}; `plora evaluate --out` writes one") from error
 
 
-def _line(run: str, protocol: str, point: dict[str, Any]) -> RunLine:
+def _line(run: str, protocol: str, point: dict[str, Any], digest: str) -> RunLine:
     population, personal = point["predictors"][POPULATION], point["predictors"].get(WITH_USER)
     metrics = {}
     for metric in population["intervals"]:
@@ -85,7 +90,8 @@ def _line(run: str, protocol: str, point: dict[str, Any]) -> RunLine:
             None if gain is None else (gain["low"], gain["high"]),
         )  # fmt: skip
     harmed = point.get("user_gains", {}).get("share_harmed")
-    return RunLine(run, protocol, point.get("examples"), point["users"], point["rows"], harmed, metrics)
+    answered = {metric: (found["low"], found["high"]) for metric, found in (personal or population)["intervals"].items()}
+    return RunLine(run, protocol, point.get("examples"), point["users"], point["rows"], harmed, metrics, answered, digest)
 
 
 def _page(names: Sequence[str], lines: Sequence[RunLine]) -> str:
@@ -104,12 +110,14 @@ def _verdict(lines: Sequence[RunLine]) -> str:
         group = [line for line in lines if (line.protocol, line.examples) == protocol]
         metric = next(iter(group[0].metrics))
         loss = "nll" if "nll" in group[0].metrics else metric
-        if len(group) < 2 or len({line.rows for line in group}) > 1:
+        if len(group) < 2 or len({(line.rows, line.digest) for line in group}) > 1:
             continue
         best = min(group, key=lambda line: _answered(line, loss))
+        near = [line.run for line in group if line is not best and _answered(line, loss) <= best.answered[loss][1]]
         after = f" after {protocol[1]} examples" if protocol[1] else ""
-        said.append(f"{protocol[0]}{after}: {best.run} has the lowest {METRICS[loss]} ({_answered(best, loss):.4g}).")
-    return " ".join(said) or "These runs have no protocol on equally many rows, so nothing is ranked."
+        text = f"{protocol[0]}{after}: {best.run} has the lowest {METRICS[loss]} ({_answered(best, loss):.4g})"
+        said.append(f"{text}; within its interval {'lies' if len(near) == 1 else 'lie'} {', '.join(near)}." if near else f"{text}.")
+    return " ".join(said) or "These runs have no protocol on the same rows, so nothing is ranked."
 
 
 def _answered(line: RunLine, metric: str) -> float:

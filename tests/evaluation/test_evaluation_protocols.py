@@ -175,6 +175,19 @@ def test_a_text_goes_through_the_model_once_for_the_population(world: World, tmp
     assert scored <= report["data"]["different_test_texts"] < report["protocols"]["zero"]["rows"]
 
 
+def test_the_report_counts_test_rows_whose_text_was_learnt(world: World, tmp_path: Path) -> None:
+    def words(text: str) -> list[str]:
+        return "".join(letter if letter.isalnum() else " " for letter in text.casefold()).split()
+
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()]
+    shouted = [{**row, "text": row["text"].upper().replace(" ", ", ") + "!"} if row["split"] == "test" else row for row in rows]
+    learnt = [words(row["text"]) for row in rows if row["split"] == "train"]
+    expected = sum(words(row["text"]) in learnt for row in shouted if row["split"] == "test")
+    (tmp_path / "shouted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shouted))
+    report = evaluate_store(world.with_data(source=str(tmp_path / "shouted.jsonl")), "full", [], tmp_path / "out")
+    assert report["data"]["test_rows_with_a_training_text"] == expected > 0
+
+
 def test_bad_rows_stop_an_evaluation_as_they_stop_training_unless_they_are_skipped(world: World, tmp_path: Path) -> None:
     data = tmp_path / "bad.jsonl"
     blank = {"user_id": "a-person-0", "text": " ", "label": "yes", "split": "test", "cohort": "a"}

@@ -50,6 +50,13 @@ def test_the_html_stands_alone(folder: Path) -> None:
     assert json.loads((folder / "report.json").read_text())["verdict"].split(":")[0] in html
 
 
+def test_the_page_tells_p_of_every_gain_and_what_becomes_of_users_as_users(folder: Path) -> None:
+    html, full = (folder / "report.html").read_text(), json.loads((folder / "report.json").read_text())["protocols"]["full"]
+    assert f"p&nbsp;{full['gain_over']['population']['nll']['p']:.2g}</span>" in html
+    assert f"with user {full['predictors']['with_user']['mean_over_users']['nll']:.4f}, without user (population)" in html
+    assert f"gain least: {full['user_gains']['worst_decile']:+.4f} a row" in html
+
+
 def test_no_file_names_a_user_or_quotes_a_text(world: World, folder: Path) -> None:
     keys = [world.store.key(secret).hex() for secret in world.secrets if "person" in secret]
     for path in folder.iterdir():
@@ -157,8 +164,18 @@ def test_runs_stand_side_by_side_with_their_own_figures(world: World, folder: Pa
     assert mine.metrics["nll"][:3] == (without, personal, full["gain_over"]["population"]["nll"]["mean"])
     assert [line.examples for line in few] == [point["examples"] for point in report["few"]["points"]]
     page = (tmp_path / "out" / "comparison.html").read_text()
-    assert "deeper" in page and "has the lowest NLL" in page and "http" not in page
+    assert "deeper" in page and "has the lowest NLL" in page and "within its interval lies" in page and "http" not in page
     assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())) == len(lines)
+
+
+def test_runs_on_other_rows_are_not_ranked(world: World, folder: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()]
+    other = {"no": "yes", "yes": "no"}
+    flipped = [{**row, "label": other[row["label"]]} if row["split"] == "test" else row for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flipped))
+    evaluate_store(world.with_data(source=str(tmp_path / "rows.jsonl")), "full", [], tmp_path / "other")
+    compare_runs([folder, tmp_path / "other"], tmp_path / "out")
+    assert "nothing is ranked" in (tmp_path / "out" / "comparison.html").read_text()
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[1]", "not json"])
