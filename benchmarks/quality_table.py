@@ -47,6 +47,8 @@ def lines_of(
 ) -> list[dict[str, Any]]:
     """One line a protocol and predictor. Seeds are pooled; intervals and p by users as a whole, so that a user's seeds count as one.
 
+    Both are of these seeds: how far trainings differ is in gain_of_seeds. over_population: the same of each predictor against `population`.
+
     calibrations: of each run, by trained baseline, the fields of its RivalCalibration.
     """
     lines = []
@@ -56,6 +58,7 @@ def lines_of(
         labels, users = (np.concatenate([getattr(point, what) for point in points]) for what in ("labels", "users"))
         subject = SUBJECTS[first.protocol]
         found = compare(subject, predicted, labels, users, "classification")
+        subject_of_seeds = [row_nll(point.predicted[subject], point.labels).mean() for point in points]
         for name, scores in found.predictors.items():
             gain = found.gains[name]["nll"] if name != subject else None
             harmed = [value for point in points if (value := point.harmed(name)) is not None] if name != POPULATION else []
@@ -68,10 +71,18 @@ def lines_of(
                 "nll_as_trained": as_trained(name, points, calibrations),
                 "macro_f1": macro_f1(predicted[name].argmax(1), labels, users),
                 "gain": None if gain is None else gain.to_json(),
+                "gain_of_seeds": [round(float(other - own), 5) for other, own in zip(of_seeds, subject_of_seeds, strict=True)],
+                "over_population": None if name == POPULATION else over_population(name, predicted, labels, users),
                 "harmed": round(float(np.mean(harmed)), 4) if harmed else None,
                 "cost": costs[0].get(name), "ms": _milliseconds(costs, name),
             })  # fmt: skip
     return lines
+
+
+def over_population(name: str, predicted: dict[str, Floats], labels: Ints, users: Ints) -> dict[str, float]:
+    """What predictor `name` gains in NLL over the population's answer; p not adjusted for others."""
+    both = {which: predicted[which] for which in (name, POPULATION)}
+    return compare(name, both, labels, users, "classification").gains[POPULATION]["nll"].to_json()
 
 
 def as_trained(name: str, points: Sequence[Point], calibrations: Sequence[dict[str, Any]]) -> float | None:
@@ -117,13 +128,15 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
         title = f"{point[0]}-shot" + (f", {point[1]} examples" if point[1] else "")
         seeds = f"{mine[0]['seeds']} seed{'s' if mine[0]['seeds'] > 1 else ''}"
         parts.append(f"\n{title}: {mine[0]['users']} users, {mine[0]['rows']} test rows, {seeds}\n")
-        parts.append("| predictor | NLL | as trained | accuracy | macro F1 | ours gains, NLL | p | harmed |\n" + "|---" * 8 + "|")
+        parts.append("| predictor | NLL | as trained | accuracy | macro F1 | ours gains, NLL | by seed | p | harmed |\n" + "|---" * 9 + "|")
         for line in mine:
             gain = line["gain"]
             raw = line["nll_as_trained"]
             cells = [line["predictor"], _spread(line["nll"]), "" if raw is None else f"{raw:.3f}"]
             cells += [_spread(line[name]) for name in ("accuracy", "macro_f1")]
-            cells += [f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})", f"{gain['p']:.2g}"] if gain else ["", ""]
+            seeds_apart = ", ".join(f"{value:+.3f}" for value in line["gain_of_seeds"])
+            told = f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})" if gain else ""
+            cells += [told, seeds_apart, f"{gain['p']:.2g}"] if gain else ["", "", ""]
             parts.append("| " + " | ".join([*cells, "" if line["harmed"] is None else f"{100 * line['harmed']:.0f} %"]) + " |")
     costs = {line["predictor"]: (line["cost"], line["ms"]) for line in lines if line["cost"]}
     parts.append("\n| predictor | parameters a user | in all | stored MB | ms a text, alone |\n|---|---|---|---|---|")

@@ -31,7 +31,7 @@ def test_a_line_has_scikit_learns_figures_of_all_seeds_together() -> None:
     lines = lines_of(
         [[points[0]], [points[1]]],
         [{"population": COST}] * 2,
-        [{"population-lora": {"scale": scale, "base": BASE}} for scale in (0.5, 2.0)],
+        [{"population-lora": {"known": {"scale": scale, "base": BASE}, "new": {"scale": 9.0, "base": BASE}}} for scale in (0.5, 2.0)],
     )
     labels = np.concatenate([found.labels for found in points])
     for line in lines:
@@ -46,6 +46,14 @@ def test_a_line_has_scikit_learns_figures_of_all_seeds_together() -> None:
     ]
     expected = {"population-lora": pytest.approx(np.mean(uncalibrated), abs=1e-4), "population": None, "with_user": None}
     assert {line["predictor"]: line["nll_as_trained"] for line in lines} == expected
+    ours, theirs = (
+        [log_loss(found.labels, np.exp(found.predicted[name])) for found in points] for name in ("with_user", "population-lora")
+    )
+    line = next(line for line in lines if line["predictor"] == "population-lora")
+    assert line["gain_of_seeds"] == pytest.approx(np.subtract(theirs, ours), abs=1e-4)
+    assert line["over_population"]["mean"] == pytest.approx(
+        line["gain"]["mean"] * -1 + next(other["gain"]["mean"] for other in lines if other["predictor"] == "population"), abs=1e-4
+    )
     assert "| population |" in markdown(lines) and "| 10.0 |" in markdown(lines)
 
 
