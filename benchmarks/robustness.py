@@ -35,9 +35,13 @@ TOP_LAYERS = 2  # have adapters: a scenario takes a minute, not three
 
 @dataclass
 class Gains:
-    """What users gain over the population, in nats a test row: sums, squares, rows by user. guarded: whom the guard sends back."""
+    """What users gain over the population, in nats a test row: sums, squares, rows by user. guarded: whom the guard sends back.
+
+    losses: sums of the NLL with the user, without the guard.
+    """
 
     users: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     sums: list[float] = field(default_factory=list)
     squares: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -54,13 +58,15 @@ class Gains:
 
     def line(self, *, guard: bool) -> dict[str, object]:
         """Figures, with the guard or without."""
-        keeps = ~np.array(self.guarded) if guard else np.ones(len(self.users), bool)
+        keeps = ~np.array(self.guarded, bool) if guard else np.ones(len(self.users), bool)
         sums, squares, rows = np.array(self.sums) * keeps, np.array(self.squares) * keeps, np.array(self.rows)
         _, person = np.unique(self.users, return_inverse=True)
         pooled = np.stack([np.bincount(person, weights=values) for values in (sums, rows)], axis=1)
         gains = UserGains.of(sums, squares, rows)
         low, high = bootstrap_ratios(pooled[:, :1], pooled[:, 1])[0]
+        losses = np.array(self.losses) + np.array(self.sums) * ~keeps  # a guarded user's is the population's
         figures = {
+            "nll": losses.sum() / rows.sum(),
             "gain": sums.sum() / rows.sum(), "low": low, "high": high, "harmed": gains.harmed, "helped": gains.helped,
             "guarded": 1 - keeps.mean(),
         }  # fmt: skip
@@ -86,7 +92,18 @@ def fitted_gains(known: list[UserRows], fitted: list[UserRows], numbers: list[in
     gain = without - personal
     sums, squares = (np.bincount(owners, weights=values, minlength=len(fitted)) for values in (gain, gain**2))
     counts = np.bincount(owners, minlength=len(fitted))
-    return Gains(numbers, sums.tolist(), squares.tolist(), counts.tolist(), back.tolist())
+    losses = np.bincount(owners, weights=personal, minlength=len(fitted))
+    return Gains(numbers, losses.tolist(), sums.tolist(), squares.tolist(), counts.tolist(), back.tolist())
+
+
+def raised(gains: Gains, over: Gains) -> dict[str, object]:
+    """How much higher the NLL of the same users' answers is in `gains` than in `over`, a test row, with a 95 % interval over users."""
+    _, person = np.unique(gains.users, return_inverse=True)
+    more, rows = np.array(gains.losses) - np.array(over.losses), np.array(gains.rows)
+    pooled = np.stack([np.bincount(person, weights=values) for values in (more, rows)], axis=1)
+    low, high = bootstrap_ratios(pooled[:, :1], pooled[:, 1])[0]
+    figures = {"nll_raised": more.sum() / rows.sum(), "low": low, "high": high}
+    return {"users": len(np.unique(gains.users)), **{name: round(float(value), 4) for name, value in figures.items()}}
 
 
 def spoilt_gains(users: list[UserRows], spoil: Spoil, seed: int, epochs: int) -> tuple[Gains, np.ndarray]:
@@ -97,15 +114,16 @@ def spoilt_gains(users: list[UserRows], spoil: Spoil, seed: int, epochs: int) ->
     return fitted_gains(changed, changed, list(range(len(users))), seed, epochs), chosen
 
 
-def language_gains(
-    by_language: dict[str, list[UserRows]], language: str, most: int, seed: int, epochs: int
-) -> Iterator[tuple[str, Gains]]:
-    """Every other user of a language after SHOTS examples, where the population has met the others, and where it has met none."""
-    own = by_language[language][:most]
+def language_gains(by_language: dict[str, list[UserRows]], language: str, most: int, seed: int, epochs: int) -> Iterator[tuple[str, Gains]]:
+    """Every other user of a language after SHOTS examples, where the population has met the others, and where it has met none.
+
+    Both populations have `most` users.
+    """
+    own = [user for user in by_language[language] if len(user.of_split("train")) >= SHOTS and user.of_split("test")][:most]
     met, new = own[::2], [user.take(user.of_split("train", SHOTS) + user.of_split("test")) for user in own[1::2]]
     others = [user for name, users in by_language.items() if name != language for user in users]
     others = [others[place] for place in np.random.default_rng(seed).permutation(len(others))[:most]]
-    for name, known in ((f"{language} seen", others + met), (f"{language} unseen", others)):
+    for name, known in ((f"{language} seen", others[: most - len(met)] + met), (f"{language} unseen", others)):
         yield name, fitted_gains(known, new, list(range(len(new))), seed, epochs)
 
 
@@ -126,13 +144,13 @@ def read_languages(data: Path, rows: int, max_length: int) -> dict[str, list[Use
     found: dict[str, list[UserRows]] = {}
     for cohort, users in read_users(data, max_length).items():
         for user, language in zip(users, order[cohort].values(), strict=True):
-            found.setdefault(language, []).append(_cut(user, rows))
+            found.setdefault(language, []).append(_cut(user, rows, least=SHOTS))
     return found
 
 
-def _cut(user: UserRows, rows: int) -> UserRows:
-    """A quarter of the rows are for the test, an eighth for validation."""
-    train = user.of_split("train", rows - rows // 4 - rows // 8)
+def _cut(user: UserRows, rows: int, least: int = 0) -> UserRows:
+    """A quarter of the rows are for the test, an eighth for validation, the rest to learn from, or `least` if that is more."""
+    train = user.of_split("train", max(least, rows - rows // 4 - rows // 8))
     return user.take(train + user.of_split("validation", rows // 8) + user.of_split("test", rows // 4))
 
 
@@ -150,10 +168,18 @@ def main(
     """A line a scenario, group of users and guard, over all seeds."""
     began = time.perf_counter()
     run = Run(data, seeds, users, rows, epochs, max_length)
+
+    def tell(name: str, whose: str, figures: dict[str, object]) -> None:
+        line = {"scenario": name, "whose": whose, **figures, "seconds": round(time.perf_counter() - began)}
+        print(json.dumps(line) if as_json else "  ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+
+    found: dict[str, Gains] = {}
     for name, whose, gains in run.languages(language) if language else run.scenarios(only):
+        found[name] = gains
         for guard in (False, True):
-            line = {"scenario": name, "whose": whose, **gains.line(guard=guard), "seconds": round(time.perf_counter() - began)}
-            print(json.dumps(line) if as_json else "  ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+            tell(name, whose, gains.line(guard=guard))
+    for name in language or []:
+        tell(f"{name}, unseen instead of seen", f"new, {SHOTS} examples", raised(found[f"{name} unseen"], found[f"{name} seen"]))
 
 
 @dataclass(frozen=True)
