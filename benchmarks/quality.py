@@ -43,6 +43,7 @@ def main(
     rows_per_user: Annotated[int, typer.Option(help="Most rows of a user in each split.")] = 40,
     least_rows: Annotated[int, typer.Option(help="Fewest training rows of a user who is drawn.")] = 16,
     least_test_rows: Annotated[int, typer.Option(help="Fewest test rows of a user who is drawn.")] = 5,
+    people: Annotated[int, typer.Option(help="Which users and rows are drawn; seeds leave them as they are.")] = 0,
     where: Annotated[str | None, typer.Option(help="Only rows with this, as language=en.")] = None,
     edges: Annotated[str | None, typer.Option(help="Numbers up to each edge become a class: 4,8 makes three.")] = None,
     split_times: Annotated[str | None, typer.Option(help="Begin of validation and of test, where there is no split column.")] = None,
@@ -55,7 +56,7 @@ def main(
 ) -> None:
     """Train, evaluate, and print one table over all seeds."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = draw(data, where, edges, split_times, (users, new_users), (least_rows, least_test_rows), rows_per_user)
+    rows = draw(data, where, edges, split_times, (users, new_users), (least_rows, least_test_rows), rows_per_user, people)
     names = list(RIVALS) if rivals == "all" else [name for name in rivals.split(",") if name]
     told = rows.groupby(["cohort", "split"]).size()
     print({f"{cohort} {split}": int(count) for (cohort, split), count in told.items()}, file=sys.stderr, flush=True)
@@ -80,9 +81,16 @@ def main(
 
 
 def draw(
-    data: Path, where: str | None, edges: str | None, split_times: str | None, users: tuple[int, int], least: tuple[int, int], most: int
+    data: Path,
+    where: str | None,
+    edges: str | None,
+    split_times: str | None,
+    users: tuple[int, int],
+    least: tuple[int, int],
+    most: int,
+    people: int,
 ) -> pd.DataFrame:
-    """The rows of users drawn by chance, always the same: known ones and new ones, each with rows enough."""
+    """The rows of users drawn by chance, always the same for one number `people`: known ones and new ones, each with rows enough."""
     rows = pd.read_parquet(data)
     if where is not None:
         column, value = where.split("=")
@@ -93,12 +101,12 @@ def draw(
         begins = pd.to_datetime(split_times.split(","))
         parts = np.searchsorted(begins.to_numpy(), pd.to_datetime(rows["timestamp"]).to_numpy(), side="right")
         rows = rows.assign(split=np.array(["train", "validation", "test"])[parts])
-    chance = np.random.default_rng(0)
+    chance = np.random.default_rng(people)
     if "cohort" not in rows:
         names = rows["user_id"].unique()
         cohorts = chance.choice(["a", "b"], len(names), p=[2 / 3, 1 / 3])
         rows = rows.assign(cohort=rows["user_id"].map(dict(zip(names, cohorts, strict=True))))
-    rows = rows.sample(frac=1, random_state=0)
+    rows = rows.sample(frac=1, random_state=people)
     rows = rows[rows.groupby(["user_id", "split"]).cumcount() < most]
     count = rows.groupby(["user_id", "split"]).size().unstack(fill_value=0)
     enough = set(count.index[(count["train"] >= least[0]) & (count["test"] >= least[1])])
