@@ -43,6 +43,8 @@ from plora_ray.errors import ConfigError
         ({"store": {"sse": {"mode": "AES256"}}}, "sse is S3's own encryption, and uri is var/store"),
         ({"store": {"uri": "s3://b/p", "sse": {"mode": "AES256", "kms_key_id": "k"}}}, "kms_key_id means nothing with mode AES256"),
         ({"training": {"user_solver": "adam", "guard": True}}, "training.guard means nothing to training.user_solver adam"),
+        ({"data": {"columns": {"group": "text"}}}, "group is 'text', the column of user ids or texts"),
+        ({"data": {"columns": {"user_id": "name", "group": "name"}}}, "group is 'name', the column of user ids or texts"),
         ({"task": "regression", "evaluation": {"cost_matrix": {}}}, "evaluation.cost_matrix is for classes, and task is regression"),
         ({"evaluation": {"cost_matrix": {1: {0: float("inf")}}}}, "the cost of answering 0 where 1 is right is inf: write a number"),
         ({"evaluation": {"cost_matrix": {1: {}, "1.0": {}}}}, "a class is named twice"),

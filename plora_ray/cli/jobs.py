@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -90,6 +91,7 @@ def evaluate(
     settings = read_settings(config, overrides)
     from plora_ray.evaluation.protocols import evaluate_store
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a baseline's job and its rows end with this process
     evaluate_store(settings, protocol, [name.strip() for name in baselines.split(",") if name.strip()], out)
     typer.echo(str(out / "report.json"))
 

@@ -66,7 +66,9 @@ def _explain(item: Any) -> str:
         return f"setting '{where}' is missing"
     message = item["msg"].removeprefix("Value error, ")
     shown = repr(item["input"])
-    return f"setting '{where}': {message}" + (f" (got {shown})" if len(shown) < 80 and not isinstance(item["input"], dict) else "")
+    return (f"setting '{where}': {message}" if where else message) + (
+        f" (got {shown})" if len(shown) < 80 and not isinstance(item["input"], dict) else ""
+    )
 
 
 def _valid_keys(path: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from plora_ray.data.units import ReadUnit
 from plora_ray.errors import DataError
 
 LAMP = "lamp://"
+QUESTIONS_LOOKED_AT = 100  # to see which task it is
 COLUMNS = ("user_id", "text", "label", "split", "cohort")
 PARTS = {"train": ("validation", "a"), "dev": ("test", "b")}
 BETWEEN = frozenset(", \t\r\n")
@@ -54,8 +56,7 @@ def lamp_units(url: str) -> list[ReadUnit]:
     units = []
     for part in PARTS:
         questions, outputs = _files(url, part)
-        first = next(_elements(questions), None)
-        if _task_of(first) is None:
+        if not any(_task_of(question) for question in islice(_elements(questions), QUESTIONS_LOOKED_AT)):
             raise DataError(f"{questions} has no profiles with tag, category or score: of LaMP's tasks only LaMP-2 and LaMP-3 have labels")
         versions = "-".join(str(file.stat().st_mtime_ns) for file in (questions, outputs))
         units.append(ReadUnit(kind="lamp", file=f"{url}#{part}", first=1, size_bytes=questions.stat().st_size, version=versions))

@@ -19,6 +19,7 @@ Task = Literal["classification", "regression"]
 SplitName = Literal["train", "validation", "test"]
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+MOST_LABEL_CHARS = 1000
 """Index in this tuple = the int8 code stored in partition files."""
 SPLIT_ALIASES: dict[str, SplitName] = {
     "train": "train",
@@ -96,7 +97,7 @@ class RowRules:
             class_label(label) if self.task == "classification" else number_label(label),
             None if split is None else canonical_split(split),
             None if timestamp is None else canonical_timestamp(timestamp),
-            None if group is None else (str(group).strip() or None),
+            None if group is None else (_group_name(group) or None),
         )
         if self.dated and row.timestamp is None:
             raise RowProblem("timestamp is missing, and split_times divides the rows by it")
@@ -112,7 +113,7 @@ class RowRules:
             raise RowProblem("text is blank")
         if len(text) > self.max_text_chars:
             raise RowProblem(f"text is longer than {self.max_text_chars} characters (max_text_chars)")
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        if not _is_unicode(text):
             raise RowProblem("text is not valid Unicode")
         return text
 
@@ -145,6 +146,18 @@ def canonical_user_id(value: object) -> str:
         raise RowProblem(str(error)) from None
 
 
+def _group_name(value: object) -> str:
+    name = str(value).strip()
+    if not _is_unicode(name):
+        raise RowProblem("group is not valid Unicode")
+    return name
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no character is a lone surrogate, which is what bytes that aren't UTF-8 become on reading."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def class_label(value: object) -> str:
     """Return the name of a class: True -> "1", 3 -> "3", 3.0 and "3.0" -> "3", other text stripped. Raises RowProblem.
 
@@ -163,8 +176,10 @@ def class_label(value: object) -> str:
     name = value.strip()
     if not name:
         raise RowProblem("label is blank")
-    if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
+    if not _is_unicode(name):
         raise RowProblem("label is not valid Unicode")
+    if len(name) > MOST_LABEL_CHARS:
+        raise RowProblem(f"label has more than {MOST_LABEL_CHARS} characters: map columns.label to a column of classes")
     whole, point, zeros = name.partition(".")
     if point and zeros and not zeros.strip("0") and whole.isascii() and whole.removeprefix("-").isdigit():
         return str(int(whole))

@@ -27,6 +27,14 @@ class ColumnMapping(BaseModel):
     split: str | None = "split"
     group: str | None = None
 
+    @model_validator(mode="after")
+    def _groups_are_not_people(self) -> ColumnMapping:
+        if self.group in {self.user_id, self.text}:
+            raise ValueError(
+                f"group is {self.group!r}, the column of user ids or texts, which no report may hold: name a column of few values"
+            )
+        return self
+
     def resolve(self, available: tuple[str, ...], file: str) -> ColumnMapping:
         """Return the mapping with absent optional columns set to None. Raises DataError naming the columns that exist."""
         required = {"user_id": self.user_id, "text": self.text, "label": self.label}

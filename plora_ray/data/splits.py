@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from plora_ray.data.rows import Row, RowProblem, SplitName, canonical_timestamp
 
+LEAST_SECONDS = 10**8  # smaller numbers are years, or dates without their dashes
 _WORDS = re.compile(r"\w+")
 
 
@@ -25,6 +26,8 @@ class SplitTimes(BaseModel):
     @field_validator("test", "validation", mode="before")
     @classmethod
     def _in_utc(cls, value: object) -> object:
+        if isinstance(value, int | float) and abs(value) < LEAST_SECONDS:
+            raise ValueError(f"{value} would be {value} seconds after 1970: write a date, such as 2016-01-01")
         try:
             return canonical_timestamp(value) if value is not None else None
         except RowProblem as problem:

@@ -25,6 +25,7 @@ from plora_ray.evaluation.metrics import (
     holm,
     p_value,
     ratio_and_error,
+    rounded,
     row_nll,
 )
 from plora_ray.evaluation.user_gains import UserGains
@@ -41,8 +42,13 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def around(cls, mean: float, low: float, high: float) -> Interval:
+        """The ends of one drawn user's mean may miss it by a rounding error."""
+        return cls(mean, min(low, mean), max(high, mean))
+
     def to_json(self) -> dict[str, float]:
-        return {name: round(value, 5) for name, value in vars(self).items()}
+        return {name: rounded(value) for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,13 @@ class PredictorScores:
     def figures(self) -> dict[str, float | int]:
         """All of them by name, rounded."""
         scores = as_json(self.scores)
-        return scores | {name: round(interval.mean, 5) for name, interval in self.intervals.items() if name not in scores}
+        return scores | {name: rounded(interval.mean) for name, interval in self.intervals.items() if name not in scores}
 
     def to_json(self) -> dict[str, Any]:
         return {
             **self.figures,
             "intervals": {name: interval.to_json() for name, interval in self.intervals.items()},
-            "mean_over_users": {name: round(value, 5) for name, value in self.by_user.items()},
+            "mean_over_users": {name: rounded(value) for name, value in self.by_user.items()},
         }
 
 
@@ -125,8 +131,8 @@ class ComparisonTotals:
         self._scores: dict[str, ClassificationTotals | RegressionTotals] = {}
         self._columns: list[tuple[str, str]] = []
         self._costs = np.zeros(0)
-        self._user_costs: list[NDArray[np.float32]] = []
-        self._user_squares: list[NDArray[np.float32]] = []
+        self._user_costs: list[Floats] = []
+        self._user_squares: list[Floats] = []
         self._user_rows: list[NDArray[np.int32]] = []
 
     def add(self, predicted: Mapping[str, Floats], labels: NDArray[np.number], row_users: Ints) -> None:
@@ -144,9 +150,9 @@ class ComparisonTotals:
             self._scores[name].add(values, labels.astype(np.float64 if self._regression else np.int64))
         _, index = np.unique(row_users, return_inverse=True)
         self._costs += [cost.sum(dtype=np.float64) for cost in costs.values()]
-        self._user_costs.append(np.stack([np.bincount(index, weights=cost) for cost in costs.values()], axis=1).astype(np.float32))
+        self._user_costs.append(np.stack([np.bincount(index, weights=cost) for cost in costs.values()], axis=1))
         squares = [np.bincount(index, weights=gain**2) for gain in self._row_gains(costs)]
-        self._user_squares.append(np.stack(squares, axis=1).astype(np.float32))
+        self._user_squares.append(np.stack(squares, axis=1))
         self._user_rows.append(np.bincount(index).astype(np.int32))
 
     def result(self, *, examples: int | None = None, seed: int = 0) -> Comparison:
@@ -155,7 +161,7 @@ class ComparisonTotals:
         gained = self._gained(list(self._scores))
         sums = np.column_stack([costs, self._user_gains(costs, gained)])
         means = [*self._costs, *(self._costs[over] - self._costs[own] for own, over in gained.values())] / rows.sum(dtype=np.int64)
-        found = [Interval(float(mean), *ends) for mean, ends in zip(means, bootstrap_ratios(sums, rows, seed), strict=True)]
+        found = [Interval.around(float(mean), *ends) for mean, ends in zip(means, bootstrap_ratios(sums, rows, seed), strict=True)]
         values = {column: _as_value(column[1], found[index]) for index, column in enumerate(self._columns)}
         by_user = {column: float((costs[:, index] / rows).mean(dtype=np.float64)) for index, column in enumerate(self._columns)}
         gains: dict[str, dict[str, Gain]] = {over: {} for over in self._scores if over != self._subject}
@@ -195,7 +201,7 @@ class ComparisonTotals:
         ends = bootstrap_ratios(sums, rows, seed)
         return {metric: Interval(float(mean), *end) for (_, metric), mean, end in zip(gained, means, ends, strict=True)}
 
-    def _by_user(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    def _by_user(self) -> tuple[Floats, NDArray[np.int32]]:
         """Sums of costs [users, columns] and numbers of rows [users]; from now on in one piece, as are the squares of gains."""
         self._user_costs, self._user_rows = [np.concatenate(self._user_costs)], [np.concatenate(self._user_rows)]
         self._user_squares = [np.concatenate(self._user_squares)]
@@ -224,9 +230,7 @@ class ComparisonTotals:
         ]
 
     @staticmethod
-    def _p_values(
-        gained: Mapping[tuple[str, str], tuple[int, int]], sums: NDArray[np.float32], rows: NDArray[np.int32]
-    ) -> dict[tuple[str, str], float]:
+    def _p_values(gained: Mapping[tuple[str, str], tuple[int, int]], sums: Floats, rows: NDArray[np.int32]) -> dict[tuple[str, str], float]:
         """Of every gain [users, gains], adjusted over the predictors that one metric compares."""
         raw = {column: p_value(*ratio_and_error(sums[:, place], rows), len(rows)) for place, column in enumerate(gained)}
         adjusted: dict[tuple[str, str], float] = {}
@@ -236,7 +240,7 @@ class ComparisonTotals:
         return adjusted
 
     @staticmethod
-    def _user_gains(costs: NDArray[np.float32], gained: Mapping[tuple[str, str], tuple[int, int]]) -> NDArray[np.float32]:
+    def _user_gains(costs: Floats, gained: Mapping[tuple[str, str], tuple[int, int]]) -> Floats:
         """[users, gains] sums over each user's rows."""
         own, over = (np.array([pair[side] for pair in gained.values()], np.int64) for side in (0, 1))
         return costs[:, over] - costs[:, own]
@@ -274,9 +278,9 @@ def compare(
 
 def _unsigned(metric: str, cost: float) -> float:
     """The figure itself: accuracy counts as a cost with the other sign."""
-    return -cost if metric == "accuracy" else cost
+    return 0.0 - cost if metric == "accuracy" else cost  # not -cost, which is -0.0 of nothing right
 
 
 def _as_value(metric: str, cost: Interval) -> Interval:
     """As `_unsigned`, with the interval's ends."""
-    return Interval(-cost.mean, -cost.high, -cost.low) if metric == "accuracy" else cost
+    return Interval(*(_unsigned(metric, end) for end in (cost.mean, cost.high, cost.low))) if metric == "accuracy" else cost

@@ -17,6 +17,7 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
 ECE_BINS = 15
+SMALL = 1e-3  # of a figure: five places would leave less than three figures of it
 BOOTSTRAP_ROUNDS = 1000
 BOOTSTRAP_DRAWS_AT_ONCE = 4_000_000  # of users: bounds the index arrays to some tens of megabytes
 NORMAL_ABOVE_USERS = 50_000  # from here the means are normal to three digits, and their variance needs no draws
@@ -229,8 +230,13 @@ def paired(better: Floats, worse: Floats, users: Ints, seed: int = 0) -> dict[st
     return {"mean": float(difference.mean()), "low": low, "high": high}
 
 
+def rounded(value: float) -> float:
+    """To five places, as far as rows can tell; what is too small for them to three figures."""
+    return round(value, 5) if abs(value) >= SMALL else float(f"{value:.3g}")
+
+
 def as_json(scores: Scores) -> dict[str, float | int]:
     """Plain values, rounded to what the data can tell; those of ordered classes beside the others."""
     values = asdict(scores)
     values |= values.pop("ordered", None) or {}
-    return {name: value if isinstance(value, int) else round(value, 5) for name, value in values.items()}
+    return {name: value if isinstance(value, int) else rounded(value) for name, value in values.items()}

@@ -11,7 +11,7 @@ from html import escape
 
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Gain, PredictorScores
 from plora_ray.evaluation.costs import COST, COST_OF_LIKELIEST
-from plora_ray.evaluation.metrics import as_json
+from plora_ray.evaluation.metrics import SMALL, as_json
 from plora_ray.evaluation.predictor_cost import PredictorCost
 
 PREDICTORS = {
@@ -138,4 +138,6 @@ def _gain(metric: str, gain: Gain) -> str:
 
 
 def _number(metric: str, value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}&nbsp;%" if metric == "accuracy" else f"{value:{sign}.4f}"
+    if metric == "accuracy":
+        return f"{100 * value:{sign}.1f}&nbsp;%"
+    return f"{value:{sign}.3g}" if 0 < abs(value) < SMALL else f"{value:{sign}.4f}"

@@ -89,7 +89,9 @@ def gain_over_time(periods: Mapping[str, Comparison]) -> bytes:
     for axes, metric in zip(figure.subplots(1, len(found[0]), squeeze=False)[0], found[0], strict=True):
         means, lows, highs = (np.array([getattr(gains[metric], end) for gains in found]) for end in ("mean", "low", "high"))
         parts = np.arange(1, len(found) + 1)
-        axes.errorbar(parts, means, [means - lows, highs - means], color=COLOURS[WITH_USER], marker="o", markersize=4, capsize=3)
+        axes.errorbar(
+            parts, means, np.maximum([means - lows, highs - means], 0), color=COLOURS[WITH_USER], marker="o", markersize=4, capsize=3
+        )
         axes.axhline(0, color=COLOURS[POPULATION], linewidth=1)
         axes.set_xticks(parts)
         axes.set_xlabel("part of the test's time")

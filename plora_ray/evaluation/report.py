@@ -97,13 +97,13 @@ def write_report(evaluation: Evaluation, out: Path) -> dict[str, Any]:
     """Write all files into the directory `out` and return what report.json holds. Raises ConfigError if it can't be written."""
     plots = _plots(evaluation)
     report = {**evaluation.to_json(), "plots": list(plots)}
+    files = {**plots, "report.json": (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode()}
+    files["report.html"] = render_html(evaluation, plots).encode()
     try:
         for name in (GAIN_PLOT, FEW_PLOT, TIME_PLOT):  # an earlier run's picture beside this run's numbers would mislead
             (out / name).unlink(missing_ok=True)
-        for name, png in plots.items():
-            (out / name).write_bytes(png)
-        (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (out / "report.html").write_text(render_html(evaluation, plots), encoding="utf-8")
+        for name, content in files.items():
+            (out / name).write_bytes(content)
     except OSError as error:
         raise ConfigError(f"the report can't be written to {out}: {error.strerror or error}") from error
     return report

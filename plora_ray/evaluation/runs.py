@@ -23,7 +23,7 @@ COLUMNS = ("run", "protocol", "examples", "users", "rows")
 class RunLine:
     """One protocol (few-shot: one number of examples) of one run. metrics: by name, (without user, with user, gain, its interval).
 
-    answered: by metric, the interval of what the generation answers. digest: of all test rows of the run.
+    answered: by metric, the interval of what the generation answers. digest: of all test rows of the run; None in older reports.
     """
 
     run: str
@@ -34,7 +34,7 @@ class RunLine:
     harmed: float | None
     metrics: dict[str, tuple[float, float | None, float | None, tuple[float, float] | None]]
     answered: dict[str, tuple[float, float]]
-    digest: str
+    digest: str | None
 
     def to_json(self) -> dict[str, Any]:
         names = ("without_user", "with_user", "gain", "interval")
@@ -74,13 +74,13 @@ def _lines(run: str, path: Path) -> Iterator[RunLine]:
         report = json.loads(path.read_text(encoding="utf-8"))
         for protocol, found in report["protocols"].items():
             for point in found.get("points", [found]) if found["status"] == "evaluated" else ():
-                yield _line(run, protocol, point, report["data"]["test_rows_digest"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+                yield _line(run, protocol, point, report["data"].get("test_rows_digest"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it isn't a report ({type(error).__name__})"
         raise ConfigError(f"{path} can't be read: {reason}; `plora evaluate --out` writes one") from error
 
 
-def _line(run: str, protocol: str, point: dict[str, Any], digest: str) -> RunLine:
+def _line(run: str, protocol: str, point: dict[str, Any], digest: str | None) -> RunLine:
     population, personal = point["predictors"][POPULATION], point["predictors"].get(WITH_USER)
     metrics = {}
     for metric in population["intervals"]:
@@ -110,7 +110,7 @@ def _verdict(lines: Sequence[RunLine]) -> str:
         group = [line for line in lines if (line.protocol, line.examples) == protocol]
         metric = next(iter(group[0].metrics))
         loss = "nll" if "nll" in group[0].metrics else metric
-        if len(group) < 2 or len({(line.rows, line.digest) for line in group}) > 1:
+        if len(group) < 2 or len({(line.rows, line.digest) for line in group}) > 1 or group[0].digest is None:
             continue
         best = min(group, key=lambda line: _answered(line, loss))
         near = [line.run for line in group if line is not best and _answered(line, loss) <= best.answered[loss][1]]

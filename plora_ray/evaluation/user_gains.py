@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from plora_ray.evaluation.metrics import Floats, Ints
+from plora_ray.evaluation.metrics import Floats, Ints, rounded
 
 HISTOGRAM_BINS = 30
 FEWEST_ROWS = 5  # of a user: below it a gain's own noise can't be told
@@ -64,8 +64,8 @@ class UserGains:
             "worst_decile": self.worst_decile,
         }  # fmt: skip
         return {
-            "edges": [round(float(edge), 5) for edge in edges],
+            "edges": [rounded(float(edge)) for edge in edges],
             "users": counts.tolist(),
             "users_judged": self.judged,
-            **{name: round(value, 5) for name, value in shares.items()},
+            **{name: rounded(value) for name, value in shares.items()},
         }

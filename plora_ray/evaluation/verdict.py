@@ -25,7 +25,7 @@ def _full(comparison: Comparison) -> str:
         f"On {comparison.rows:,} test rows of {_users(comparison)} in the generation, {_name(metric)} is "
         f"{_value(metric, subject)} with the user and {_value(metric, population)} without: {_judged(metric, gain, comparison.users)}."
     )
-    if metric == "accuracy":
+    if metric == "accuracy" and comparison.users >= FEWEST_USERS:
         text += f" The probabilities: {_judged('nll', comparison.gains[POPULATION]['nll'], comparison.users)} in negative log-likelihood."
     return text + _who(comparison) + _against_labels(comparison)
 
@@ -48,6 +48,8 @@ def _against_labels(comparison: Comparison) -> str:
     metric = _metric(comparison)
     gain = comparison.gains[LABEL_PRIOR][metric]
     reached = _value(metric, comparison.predictors[LABEL_PRIOR].intervals[metric].mean)
+    if comparison.users < FEWEST_USERS:
+        return f" The user's own past labels alone, without reading the text, reach {reached}."
     if gain.low > 0:
         added = _difference(metric, gain)
         return f" The user's own past labels alone, without reading the text, reach {reached}; the adapters add {added} to that."

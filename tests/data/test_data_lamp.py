@@ -88,6 +88,16 @@ def test_what_a_question_lacks_is_named_by_its_number(tmp_path: Path) -> None:
     ]
 
 
+def test_an_author_without_a_profile_is_a_bad_row_wherever_he_stands(tmp_path: Path) -> None:
+    for part in ("train", "dev"):
+        write_part(
+            tmp_path, part, [{**user("1", "tag", ["one", "two"]), "profile": []}, user("2", "tag", ["one", "two"])], {"1": "a", "2": "b"}
+        )
+    rows = read(f"lamp://{tmp_path}", on_bad_row="skip")
+    assert [row.row for row in rows if isinstance(row, BadRow)] == [1, 1]
+    assert [row.user_id for row in rows if isinstance(row, Row)] == ["train-2"] * 2 + ["dev-2"] * 2
+
+
 @pytest.mark.parametrize("questions", ['[{"id": "7", "profile": [{"sco', '{"id": "7"}', ""])
 def test_a_file_that_is_not_whole_is_one_line(questions: str, tmp_path: Path) -> None:
     for part in ("train", "dev"):

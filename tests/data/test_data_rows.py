@@ -30,7 +30,7 @@ def test_a_class_has_one_name_whatever_type_its_column_has(given_label: object, 
     assert class_label(given_label) == name
 
 
-@pytest.mark.parametrize("value", [None, "", "  ", float("nan"), float("inf"), [1], "\ud800"])
+@pytest.mark.parametrize("value", [None, "", "  ", float("nan"), float("inf"), [1], "\ud800", "1" * 5000, "1" * 5000 + ".0"])
 def test_a_label_without_a_name_is_refused(value: object) -> None:
     with pytest.raises(RowProblem, match="label"):
         class_label(value)

@@ -64,6 +64,8 @@ def test_by_time_training_is_the_past_and_test_the_future_and_rows_without_a_tim
         ({"validation": "2020-02-01", "test": "2020-01-01"}, "validation must lie before test"),
         ({"test": "soon"}, "not a date"),
         ({"validation": "2020-01-01"}, "split_times.test"),
+        ({"test": 2016}, "2016 would be 2016 seconds after 1970: write a date"),
+        ({"test": 20160101}, "write a date, such as 2016-01-01"),
     ],
 )
 def test_times_that_divide_nothing_are_refused_in_words(times: dict[str, str], reason: str) -> None:

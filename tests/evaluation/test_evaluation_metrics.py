@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +28,7 @@ from plora_ray.evaluation.baselines import LabelHistory
 from plora_ray.evaluation.comparison import MAJORITY, POPULATION, WITH_USER, ComparisonTotals, compare
 from plora_ray.evaluation.costs import Costs
 from plora_ray.evaluation.page import comparison_table
+from plora_ray.evaluation.plots import gain_over_time
 from plora_ray.evaluation.user_gains import UserGains
 
 GENERATOR = np.random.default_rng(0)
@@ -215,6 +218,28 @@ def test_p_values_are_of_users_not_rows_and_hold_together(users: np.ndarray) -> 
     expected = [max(value, min(1, 2 * min(raw))) for value in expected]
     assert [found.gains[name]["nll"].p for name in (POPULATION, MAJORITY)] == pytest.approx(expected, rel=1e-3)
     assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_a_mean_lies_within_its_interval_and_small_or_large_units_lose_no_figures() -> None:
+    draw = np.random.default_rng(31)
+    truth, owners = draw.normal(size=120), np.repeat(np.arange(20), 6)
+    answers = {WITH_USER: truth + draw.normal(size=120) / 9, POPULATION: truth + draw.normal(size=120)}
+    for unit in (1e-7, 1.0, 1e10, 1e20):
+        found = compare(WITH_USER, {name: unit * values for name, values in answers.items()}, unit * truth, owners, "regression")
+        gain, scores = found.gains[POPULATION]["mse"], found.predictors[WITH_USER].to_json()
+        assert gain.low <= gain.mean <= gain.high
+        assert scores["mse"] == pytest.approx(((answers[WITH_USER] - truth) ** 2).mean() * unit**2, rel=0.01)
+        assert found.user_gains is not None and found.user_gains.judged == 20 and found.user_gains.helped == 0.25
+        assert min(found.to_json()["user_gains"]["edges"]) < max(found.to_json()["user_gains"]["edges"])
+    alone = compare(WITH_USER, {name: values[:6] for name, values in answers.items()}, truth[:6], owners[:6], "regression")
+    only = alone.gains[POPULATION]["mse"]
+    assert only.low <= only.mean <= only.high and gain_over_time({"1": alone}).startswith(b"\x89PNG")
+
+
+def test_nothing_right_is_no_negative_zero() -> None:
+    wrong = {name: np.log([[0.9, 0.1]] * 4) for name in (WITH_USER, POPULATION)}
+    found = compare(WITH_USER, wrong, np.ones(4, np.int64), np.arange(4), "classification")
+    assert not re.search(r"-0\.0*(?![\d])", json.dumps(found.to_json()) + comparison_table(found))
 
 
 def test_one_user_alone_shows_nothing() -> None:

@@ -168,6 +168,25 @@ def test_runs_stand_side_by_side_with_their_own_figures(world: World, folder: Pa
     assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())) == len(lines)
 
 
+def test_a_report_without_a_digest_is_shown_and_not_ranked(folder: Path, tmp_path: Path) -> None:
+    old = json.loads((folder / "report.json").read_text())
+    del old["data"]["test_rows_digest"]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(old))
+    assert compare_runs([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    assert "nothing is ranked" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_a_group_that_is_not_unicode_is_a_bad_row_and_nothing_is_written(world: World, tmp_path: Path) -> None:
+    rows = [{**json.loads(line), "land": "K\ud83d"} for line in world.data.read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = world.settings.data.columns.model_copy(update={"group": "land"})
+    with pytest.raises(DataError, match="group is not valid Unicode"):
+        evaluate_store(world.with_data(source=str(tmp_path / "rows.jsonl"), columns=columns), "full", [], tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_runs_on_other_rows_are_not_ranked(world: World, folder: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in world.data.read_text().splitlines()]
     other = {"no": "yes", "yes": "no"}
@@ -178,7 +197,7 @@ def test_runs_on_other_rows_are_not_ranked(world: World, folder: Path, tmp_path:
     assert "nothing is ranked" in (tmp_path / "out" / "comparison.html").read_text()
 
 
-@pytest.mark.parametrize("content", [None, "{}", "[1]", "not json"])
+@pytest.mark.parametrize("content", [None, "{}", "[1]", '{"data": {}, "protocols": []}', "not json"])
 def test_a_folder_without_a_report_is_named(folder: Path, tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "report.json").write_text(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from scipy.special import softmax
 from torch import nn
 from torch.nn import functional as F
 
 from plora_ray.adapters.calibration import best_scale, scale_losses
+from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.objective import MutualInformation
 from plora_ray.adapters.pretrained import load_plm, load_tokenizer
 from plora_ray.config import Settings, parse_settings
@@ -22,13 +25,14 @@ from plora_ray.errors import ConfigError
 from plora_ray.evaluation.metrics import log_softmax, row_nll
 from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.protocols import evaluate_store
-from plora_ray.evaluation.rivals import released
+from plora_ray.evaluation.rivals import released, shuffled
 from plora_ray.evaluation.rivals.calibrations import RivalCalibration
 from plora_ray.evaluation.rivals.identifiers import IDENTIFIER_TOKENS, UserIdentifier, identifier
 from plora_ray.evaluation.rivals.panel import RivalPanel, setup_of
 from plora_ray.evaluation.rivals.registry import RIVALS, build_rivals
 from plora_ray.evaluation.rivals.released import Recipe, ReleasedPlora
 from plora_ray.evaluation.rivals.rival import RivalSetup, strangers
+from plora_ray.evaluation.rivals.shuffled import in_terms_of
 from plora_ray.evaluation.rows import EvaluationRows, read_rows
 from plora_ray.evaluation.scoring import predictions
 from plora_ray.inference import load_generation
@@ -289,6 +293,36 @@ def test_users_shuffled_among_the_rows_gain_nothing(parts: tuple[RivalSetup, Eva
     met = row_nll(predictions(rival.logits(users, texts), setup.labels), labels)
     assert not np.array_equal(met, personal) and (population - met).mean() < 0.03
     assert rival.size().in_all > rival.size().per_user * 24
+
+
+def test_a_job_that_lacks_a_class_or_scales_otherwise_is_read_in_the_generations_terms() -> None:
+    wanted, given = LabelSpace("classification", ("a", "b", "c")), LabelSpace("classification", ("a", "c"))
+    found = in_terms_of(wanted, np.array([[1.0, 3.0], [2.0, -1.0]], np.float32), given)
+    assert found.argmax(axis=1).tolist() == [2, 0]
+    np.testing.assert_allclose(np.exp(log_softmax(found))[:, [0, 2]], softmax([[1.0, 3.0], [2.0, -1.0]], axis=1), atol=1e-6)
+    wide, narrow = LabelSpace("regression", (), mean=500.0, std=20.0), LabelSpace("regression", (), mean=5.0, std=2.0)
+    answers = in_terms_of(narrow, np.array([[0.5]], np.float32), wide)
+    assert answers[0, 0] * narrow.std + narrow.mean == pytest.approx(0.5 * wide.std + wide.mean)
+
+
+def test_a_job_that_trains_a_baseline_ends_with_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow.py").write_text("import pathlib, time\npathlib.Path('began').touch()\ntime.sleep(600)\n")
+    monkeypatch.setattr(shuffled, "COMMAND", ["slow.py"])
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    class Watched(popen):  # type: ignore[misc, valid-type]
+        def wait(self, timeout: float | None = None) -> int:
+            if not started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return int(super().wait(timeout))
+
+    monkeypatch.setattr(subprocess, "Popen", Watched)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        shuffled._train(tmp_path)
+    assert started[0].returncode is not None and started[0].returncode != 0
 
 
 def test_a_baseline_whose_package_is_missing_is_one_line(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

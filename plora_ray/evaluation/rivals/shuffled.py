@@ -20,6 +20,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ModelError
 from plora_ray.evaluation.generation_cost import shared_numbers
 from plora_ray.evaluation.labelled import LabelledTexts
@@ -31,6 +32,8 @@ from plora_ray.inference import Examples, FewShotFitter, LoadedGeneration, load_
 from plora_ray.store import AdapterStore
 
 # What belongs to a run that people watch or that goes on from another one.
+COMMAND = ["-m", "plora_ray.train_all"]
+UNKNOWN_LOGIT = -20.0  # below the largest: of a class that the job has no rows of
 LEFT_OUT = {"tensorboard_dir", "mlflow", "warm_start", "only_users_with_new_data", "activate"}
 
 
@@ -51,7 +54,8 @@ class ShuffledUsers:
         shuffled, watched = draw.permutation(rows.users), draw.permutation(validation.users)
         with tempfile.TemporaryDirectory(prefix="plora-shuffled-") as name:
             folder = Path(name)
-            lines = [*_lines("train", shuffled, rows), *_lines("validation", watched, validation)]
+            learnt = set(rows.labels) if self._setup.labels.task == "classification" else set(validation.labels)
+            lines = [*_lines("train", shuffled, rows), *_lines("validation", watched, validation, learnt)]
             (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             (folder / "settings.yaml").write_text(yaml.safe_dump(self._settings(folder)), encoding="utf-8")
             _train(folder)
@@ -82,9 +86,10 @@ class ShuffledUsers:
             return model(input_ids.to(self._setup.device), mask.to(self._setup.device), vectors[torch.from_numpy(places)])
 
         course = self._setup.course
-        return answers(
+        logits = answers(
             forward, self._setup.encode(texts), pad_id=self._setup.pad_id, batch_tokens=course.batch_tokens, batch_rows=course.batch_rows
         )
+        return in_terms_of(self._setup.labels, logits, self._fitted.labels)
 
     def size(self) -> Size:
         width = self._fitted.model.user_width
@@ -103,8 +108,20 @@ class ShuffledUsers:
         return {**kept, "training": training, "data": data, "store": {"uri": str(folder / "store")}}
 
 
-def _lines(split: str, users: Ints, rows: LabelledTexts) -> Iterator[str]:
+def in_terms_of(wanted: LabelSpace, logits: NDArray[np.float32], given: LabelSpace) -> NDArray[np.float32]:
+    """Outputs [rows, outputs] of a job that found its labels itself, as outputs of `wanted`: it may lack a class, or scale otherwise."""
+    if wanted.task == "regression":
+        return ((logits * given.std + given.mean - wanted.mean) / wanted.std).astype(np.float32)
+    found = np.full((len(logits), wanted.outputs), UNKNOWN_LOGIT, np.float32)
+    found[:, [wanted.classes.index(name) for name in given.classes]] = logits - logits.max(axis=1, keepdims=True)
+    return found
+
+
+def _lines(split: str, users: Ints, rows: LabelledTexts, allowed: set[str | float] | None = None) -> Iterator[str]:
+    """JSON lines of rows, those with other labels than the allowed ones left out."""
     for user, text, label in zip(users, rows.texts, rows.labels, strict=True):
+        if allowed is not None and label not in allowed:
+            continue
         yield json.dumps({"user_id": _name(user), "text": text, "label": label, "split": split})
 
 
@@ -113,8 +130,15 @@ def _name(user: int) -> str:
 
 
 def _train(folder: Path) -> None:
-    command = [sys.executable, "-m", "plora_ray.train_all", "--config", str(folder / "settings.yaml")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        last = " / ".join(line.strip() for line in done.stdout.splitlines()[-3:])
+    command = [sys.executable, *COMMAND, "--config", str(folder / "settings.yaml")]
+    with (folder / "job.log").open("w+", encoding="utf-8") as log:
+        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as job:
+            try:
+                code = job.wait()
+            except BaseException:  # also the end of the command that evaluates: the job ends with it
+                job.terminate()
+                raise
+        log.seek(0)
+        last = " / ".join(line.strip() for line in log.read().splitlines()[-3:])
+    if code:
         raise ModelError(f"baseline shuffled-users: its training job failed: {last}")
