@@ -15,6 +15,7 @@ from plora_ray.evaluation.metrics import Floats, Ints, as_json, log_softmax
 from plora_ray.evaluation.user_gains import UserGains
 from plora_ray.training.run_state import WaveOutcome
 
+HABIT_STRENGTH = 2.0  # labels that everybody's habit weighs: the same whatever waves came before; evaluations find it from all users
 REMAINING_EDGES = np.linspace(0, 1, 21)
 
 
@@ -114,7 +115,7 @@ class WaveTotals:
         else:
             by_user = np.column_stack([outcome.label_counts[:, 0], outcome.examples])
             answers = {WITH_USER: self._in_units(outcome.personal[:, 0]), POPULATION: self._in_units(outcome.population[:, 0])}
-        history = LabelHistory.of_totals(self._labels.task, by_user, self._overall, self.examples)
+        history = LabelHistory(self._labels.task, by_user, self._overall, self.examples, HABIT_STRENGTH)
         prior = history.label_prior(outcome.row_users)
         return {**answers, LABEL_PRIOR: prior if self._labels.task == "classification" else self._in_units(prior)}
 
