@@ -25,7 +25,7 @@ import pandas as pd
 import typer
 import yaml
 
-from benchmarks.quality_table import Point, lines_of, markdown
+from benchmarks.quality_table import Point, lines_of_runs, markdown
 from plora_ray.config import parse_settings
 from plora_ray.evaluation.metrics import Floats, Ints
 from plora_ray.evaluation.protocols import evaluate_store
@@ -75,8 +75,7 @@ def main(
         found.append(json.loads(kept.read_text()))
         if found[-1].get("options") != options:
             raise typer.BadParameter(f"{kept} was made from other rows or with other options: give another --out")
-    points = [[Point.from_json(point) for point in run["points"]] for run in found]
-    lines = lines_of(points, [run["costs"] for run in found], [run["calibrations"] for run in found])
+    lines = lines_of_runs(found)
     print("\n".join(json.dumps(line) for line in lines) if as_json else markdown(lines))
 
 

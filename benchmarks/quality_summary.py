@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.quality_table import Point, lines_of
+from benchmarks.quality_table import lines_of_runs
 
 
 def main(folders: Annotated[list[Path], typer.Argument(help="The --out of each data set.")]) -> None:
@@ -27,12 +27,11 @@ def main(folders: Annotated[list[Path], typer.Argument(help="The --out of each d
 
 
 def kept_lines(folder: Path) -> list[dict[str, Any]]:
-    """Lines of `lines_of` over all seeds in a folder. Raises typer.BadParameter if it has none."""
+    """Lines of the table over all seeds in a folder. Raises typer.BadParameter if it has none."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
     if not runs:
         raise typer.BadParameter(f"{folder} holds no seed that benchmarks.quality has finished")
-    points = [[Point.from_json(point) for point in run["points"]] for run in runs]
-    return lines_of(points, [run["costs"] for run in runs], [run["calibrations"] for run in runs])
+    return lines_of_runs(runs)
 
 
 def _place(line: dict[str, Any]) -> tuple[str, int | None, str]:

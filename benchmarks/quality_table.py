@@ -79,6 +79,12 @@ def lines_of(
     return lines
 
 
+def lines_of_runs(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`lines_of` seeds as benchmarks.quality keeps them."""
+    points = [[Point.from_json(point) for point in run["points"]] for run in runs]
+    return lines_of(points, [run["costs"] for run in runs], [run["calibrations"] for run in runs])
+
+
 def over_population(name: str, predicted: dict[str, Floats], labels: Ints, users: Ints) -> dict[str, float]:
     """What predictor `name` gains in NLL over the population's answer; p not adjusted for others."""
     both = {which: predicted[which] for which in (name, POPULATION)}

@@ -60,10 +60,8 @@ class Gains:
         """Figures, with the guard or without."""
         keeps = ~np.array(self.guarded, bool) if guard else np.ones(len(self.users), bool)
         sums, squares, rows = np.array(self.sums) * keeps, np.array(self.squares) * keeps, np.array(self.rows)
-        _, person = np.unique(self.users, return_inverse=True)
-        pooled = np.stack([np.bincount(person, weights=values) for values in (sums, rows)], axis=1)
         gains = UserGains.of(sums, squares, rows)
-        low, high = bootstrap_ratios(pooled[:, :1], pooled[:, 1])[0]
+        low, high = _interval(self.users, sums, rows)
         losses = np.array(self.losses) + np.array(self.sums) * ~keeps  # a guarded user's is the population's
         figures = {
             "nll": losses.sum() / rows.sum(),
@@ -96,12 +94,17 @@ def fitted_gains(known: list[UserRows], fitted: list[UserRows], numbers: list[in
     return Gains(numbers, losses.tolist(), sums.tolist(), squares.tolist(), counts.tolist(), back.tolist())
 
 
+def _interval(users: list[int], sums: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean over rows; lines of the same user, under several seeds, are drawn together."""
+    _, person = np.unique(users, return_inverse=True)
+    pooled = np.stack([np.bincount(person, weights=values) for values in (sums, rows)], axis=1)
+    return bootstrap_ratios(pooled[:, :1], pooled[:, 1])[0]
+
+
 def raised(gains: Gains, over: Gains) -> dict[str, object]:
     """How much higher the NLL of the same users' answers is in `gains` than in `over`, a test row, with a 95 % interval over users."""
-    _, person = np.unique(gains.users, return_inverse=True)
     more, rows = np.array(gains.losses) - np.array(over.losses), np.array(gains.rows)
-    pooled = np.stack([np.bincount(person, weights=values) for values in (more, rows)], axis=1)
-    low, high = bootstrap_ratios(pooled[:, :1], pooled[:, 1])[0]
+    low, high = _interval(gains.users, more, rows)
     figures = {"nll_raised": more.sum() / rows.sum(), "low": low, "high": high}
     return {"users": len(np.unique(gains.users)), **{name: round(float(value), 4) for name, value in figures.items()}}
 

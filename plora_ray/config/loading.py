@@ -66,9 +66,8 @@ def _explain(item: Any) -> str:
         return f"setting '{where}' is missing"
     message = item["msg"].removeprefix("Value error, ")
     shown = repr(item["input"])
-    return (f"setting '{where}': {message}" if where else message) + (
-        f" (got {shown})" if len(shown) < 80 and not isinstance(item["input"], dict) else ""
-    )
+    named = f"setting '{where}': " if where else ""
+    return named + message + (f" (got {shown})" if len(shown) < 80 and not isinstance(item["input"], dict) else "")
 
 
 def _valid_keys(path: Sequence[str]) -> list[str]:

@@ -71,6 +71,11 @@ class Records:
     columns: dict[str, list[object]] = field(default_factory=dict)
     malformed: list[tuple[int, str]] = field(default_factory=list)
 
+    @classmethod
+    def empty(cls, columns: tuple[str, ...]) -> Records:
+        """A chunk that has these columns and no record yet."""
+        return cls(columns, columns={name: [] for name in columns})
+
 
 def parquet_records(stream: IO[bytes], row_group: int, first_row: int, wanted: frozenset[str]) -> Iterator[Records]:
     """Read the wanted columns of one row group, whose first record is number `first_row` of the file."""

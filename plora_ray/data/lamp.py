@@ -68,7 +68,7 @@ def lamp_records(unit: ReadUnit) -> Iterator[Records]:
     url, _, part = unit.file.partition("#")
     questions, outputs = _files(url, part)
     golds = _golds(outputs)
-    chunk = _empty()
+    chunk = Records.empty(COLUMNS)
     for number, question in enumerate(_elements(questions), start=1):
         try:
             rows = _rows(question, golds, part)
@@ -81,7 +81,7 @@ def lamp_records(unit: ReadUnit) -> Iterator[Records]:
                 chunk.columns[column].append(value)
         if len(chunk.numbers) + len(chunk.malformed) >= ROWS_PER_CHUNK:
             yield chunk
-            chunk = _empty()
+            chunk = Records.empty(COLUMNS)
     yield chunk
 
 
@@ -155,7 +155,3 @@ def _files(url: str, part: str) -> tuple[Path, Path]:
         if questions.is_file() and outputs.is_file():
             return questions, outputs
     raise DataError(f"{url}: {questions} or {outputs.name} is missing: download the user-based separation from {HOME}")
-
-
-def _empty() -> Records:
-    return Records(COLUMNS, columns={name: [] for name in COLUMNS})

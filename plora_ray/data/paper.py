@@ -66,7 +66,7 @@ def paper_records(unit: ReadUnit) -> Iterator[Records]:
     url, _, place = unit.file.partition("#")
     cohort, part = place.split("/")
     name, corpus = _parse(url)
-    chunk = _empty()
+    chunk = Records.empty(COLUMNS)
     for number, line in _lines(SETS[name], corpus / SETS[name].path(cohort, part)):
         if len(line) != 4:
             chunk.malformed.append((number, f"has {len(line)} fields where user, product, label and text are expected"))
@@ -77,12 +77,8 @@ def paper_records(unit: ReadUnit) -> Iterator[Records]:
                 chunk.columns[column].append(value)
         if len(chunk.numbers) + len(chunk.malformed) >= ROWS_PER_CHUNK:
             yield chunk
-            chunk = _empty()
+            chunk = Records.empty(COLUMNS)
     yield chunk
-
-
-def _empty() -> Records:
-    return Records(COLUMNS, columns={name: [] for name in COLUMNS})
 
 
 def _lines(layout: PaperSet, path: Path) -> Iterator[tuple[int, list[str]]]:

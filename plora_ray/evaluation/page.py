@@ -125,19 +125,20 @@ def groups_table(groups: Mapping[str, Comparison]) -> str:
 
 
 def _score(predictor: PredictorScores, metric: str) -> str:
-    value = _number(metric, float(predictor.figures[metric]))
+    value = number(metric, float(predictor.figures[metric]))
     interval = predictor.intervals.get(metric)
-    return f'{value} <span class="interval">{_number(metric, interval.low)}–{_number(metric, interval.high)}</span>' if interval else value
+    return f'{value} <span class="interval">{number(metric, interval.low)}–{number(metric, interval.high)}</span>' if interval else value
 
 
 def _gain(metric: str, gain: Gain) -> str:
     shown = gain.p < SHOWN_BELOW
     kind = "better" if shown and gain.mean > 0 else "worse" if shown and gain.mean < 0 else "interval"
-    mean, low, high = (_number(metric, value, sign="+") for value in (gain.mean, gain.low, gain.high))
+    mean, low, high = (number(metric, value, sign="+") for value in (gain.mean, gain.low, gain.high))
     return f'<span class="{kind}">{mean}</span> <span class="interval">{low} to {high}, p&nbsp;{gain.p:.2g}</span>'
 
 
-def _number(metric: str, value: float, sign: str = "") -> str:
+def number(metric: str, value: float, sign: str = "") -> str:
+    """A figure of a metric as pages show it."""
     if metric == "accuracy":
         return f"{100 * value:{sign}.1f}&nbsp;%"
     return f"{value:{sign}.3g}" if 0 < abs(value) < SMALL else f"{value:{sign}.4f}"

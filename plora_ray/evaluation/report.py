@@ -16,7 +16,18 @@ from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
 from plora_ray.evaluation.comparison import POPULATION, Comparison
 from plora_ray.evaluation.cost_page import CostPage
-from plora_ray.evaluation.page import INTERVALS, METRICS, PREDICTORS, comparison_table, costs_table, groups_table, page, picture, table
+from plora_ray.evaluation.page import (
+    INTERVALS,
+    METRICS,
+    PREDICTORS,
+    comparison_table,
+    costs_table,
+    groups_table,
+    number,
+    page,
+    picture,
+    table,
+)
 from plora_ray.evaluation.plots import few_shot_curves, gain_histograms, gain_over_time
 from plora_ray.evaluation.predictor_cost import PredictorCost
 from plora_ray.evaluation.rivals.calibrations import RivalCalibration
@@ -158,10 +169,10 @@ def _section(result: ProtocolResult, pictures: dict[str, str]) -> str:
 def _of_users(comparison: Comparison) -> str:
     """The same when every user counts alike, and what becomes of those who gain least."""
     loss, gains = comparison.loss, comparison.user_gains
-    told = [f"{PREDICTORS[name]} {comparison.predictors[name].by_user[loss]:.4f}" for name in (comparison.subject, POPULATION)]
+    told = [f"{PREDICTORS[name]} {number(loss, comparison.predictors[name].by_user[loss])}" for name in (comparison.subject, POPULATION)]
     text = f"When every user counts alike, {METRICS[loss]} is: {', '.join(dict.fromkeys(told))}."
     if gains is not None:
-        text += f" The tenth of the users who gain least: {gains.worst_decile:+.4f} a row in the mean, noise included."
+        text += f" The tenth of the users who gain least: {number(loss, gains.worst_decile, sign='+')} a row in the mean, noise included."
     return f"<p><small>{escape(text)}</small></p>"
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plora_ray.adapters.blocks import checkpoint_blocks
+from plora_ray.adapters.calibration import Calibration
 from plora_ray.adapters.centring import centred
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.halves import Halves
@@ -205,8 +206,11 @@ def _settled(
     shared = trainer.gathered()
     trainer.freeze()
     if settings.training.calibrate and settings.task == "classification":
-        average = None if table is None else prior_as_trained(table, rows).mean
-        shared = _once(run.load_calibration, lambda: calibrate(passes, rows, average), run.save_calibration).of_shared(shared)
+
+        def calibrated() -> Calibration:
+            return calibrate(passes, rows, None if table is None else prior_as_trained(table, rows).mean)
+
+        shared = _once(run.load_calibration, calibrated, run.save_calibration).of_shared(shared)
         trainer.load(shared)
     if table is None:
         return shared, None

@@ -54,7 +54,7 @@ class ShuffledUsers:
         shuffled, watched = draw.permutation(rows.users), draw.permutation(validation.users)
         with tempfile.TemporaryDirectory(prefix="plora-shuffled-") as name:
             folder = Path(name)
-            learnt = set(rows.labels) if self._setup.labels.task == "classification" else set(validation.labels)
+            learnt = set(rows.labels) if self._setup.labels.task == "classification" else None
             lines = [*_lines("train", shuffled, rows), *_lines("validation", watched, validation, learnt)]
             (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             (folder / "settings.yaml").write_text(yaml.safe_dump(self._settings(folder)), encoding="utf-8")
@@ -118,7 +118,7 @@ def in_terms_of(wanted: LabelSpace, logits: NDArray[np.float32], given: LabelSpa
 
 
 def _lines(split: str, users: Ints, rows: LabelledTexts, allowed: set[str | float] | None = None) -> Iterator[str]:
-    """JSON lines of rows, those with other labels than the allowed ones left out."""
+    """JSON lines of rows, those with other labels than the allowed ones left out; None: none are."""
     for user, text, label in zip(users, rows.texts, rows.labels, strict=True):
         if allowed is not None and label not in allowed:
             continue
