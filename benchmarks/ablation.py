@@ -29,25 +29,27 @@ NEW_USER_EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the defaults. shapes: fields of AdapterSpec. training: of TrainingSettings."""
+    """What differs from the defaults. adapter, training: settings of these sections."""
 
-    shapes: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
 FEED_FORWARD = ("intermediate.dense", "output.dense")
 VARIANTS = {
-    "query, value (as in the paper)": Variant(),
+    "the defaults": Variant(),
     "query": Variant({"targets": ("query",)}),
     "value": Variant({"targets": ("value",)}),
     "attention output": Variant({"targets": ("attention.output.dense",)}),
     "feed-forward": Variant({"targets": ("intermediate.dense",)}),
     "all layers": Variant({"targets": ("query", "key", "value", *FEED_FORWARD)}),
     "top two blocks": Variant({"top_layers": 2}),
-    "head hears a bias": Variant({"head_terms": "bias"}),
+    "head hears nothing": Variant({"head_terms": "none"}),
     "head hears tastes": Variant({"head_terms": "taste"}),
-    "rank 64": Variant({"rank": 64, "alpha": 128.0}),
+    "rank 16": Variant({"rank": 16}),
+    "rank 128": Variant({"rank": 128}),
     "d = 16": Variant({"user_dim": 16}),
+    "d = 256": Variant({"user_dim": 256}),
     "dropout 0.1": Variant({"dropout": 0.1}),
     "personalised dropout 0": Variant(training={"user_dropout": 0.0}),
     "personalised dropout 0.3": Variant(training={"user_dropout": 0.3}),
@@ -114,7 +116,7 @@ def _judged(user: UserRows, step: int) -> UserRows:
 
 def _tried(variant: Variant, known: list[UserRows], new: list[UserRows], seed: int, epochs: int) -> dict[str, float]:
     began = time.monotonic()
-    population = train_population(known, epochs=epochs, seed=seed, spec_changes=variant.shapes, training=variant.training)
+    population = train_population(known, epochs=epochs, seed=seed, adapter=variant.adapter, training=variant.training)
     return {**_scored(population, known, "known"), **_scored(population, new, "new"), "seconds": round(time.monotonic() - began, 1)}
 
 

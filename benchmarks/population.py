@@ -25,12 +25,11 @@ from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.centring import centred
 from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.halves import Halves
-from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.adapters.objective import MutualInformation, PopulationObjective
 from plora_ray.adapters.pretrained import load_tokenizer
-from plora_ray.config import Settings, TrainingSettings
+from plora_ray.config import AdapterSettings, Settings, TrainingSettings
 from plora_ray.data.rows import SPLITS
 from plora_ray.data.synthetic import SyntheticParams, rows_of_user
 from plora_ray.data.table import PartitionTable
@@ -157,18 +156,18 @@ class Population:
 
 
 def train_population(
-    users: list[UserRows], *, epochs: int, seed: int, kind: Kind = "plora", rank: int = 16, user_dim: int = 64,
-    spec_changes: Mapping[str, Any] = MappingProxyType({}), training: Mapping[str, Any] = MappingProxyType({}),
+    users: list[UserRows], *, epochs: int, seed: int,
+    adapter: Mapping[str, Any] = MappingProxyType({}), training: Mapping[str, Any] = MappingProxyType({}),
 ) -> Population:  # fmt: skip
     """The population stage over the users' training rows, then the prior that its users imply.
 
-    spec_changes: further fields of AdapterSpec; training: of TrainingSettings.
+    adapter, training: settings of these sections that aren't the defaults.
     """
     labels = LabelSpace("classification", tuple(sorted({label for user in users for label in user.labels})))
     join_alone()
     torch.manual_seed(seed)
-    shapes = {"outputs": labels.outputs, "kind": kind, "rank": rank, "alpha": 2.0 * rank, "user_dim": user_dim, **spec_changes}
-    spec = AdapterSpec(model=MODEL, task="classification", **shapes)
+    shapes = AdapterSettings.model_validate(adapter)
+    kind, spec = shapes.kind, AdapterSpec(model=MODEL, task="classification", outputs=labels.outputs, **shapes.model_dump())
     model = PersonalizedModel.from_pretrained(spec)
     halves = None if spec.top_layers is None else Halves(model.plm, spec.top_layers)
     settings = TrainingSettings.model_validate({"epochs": epochs, "seed": seed, **training})

@@ -74,7 +74,7 @@ class Gains:
 
 def fitted_gains(known: list[UserRows], fitted: list[UserRows], numbers: list[int], seed: int, epochs: int) -> Gains:
     """Train a population on `known`, fit the users `fitted` on their training rows, and score their test rows."""
-    population = train_population(known, epochs=epochs, seed=seed, spec_changes={"top_layers": TOP_LAYERS})
+    population = train_population(known, epochs=epochs, seed=seed, adapter={"top_layers": TOP_LAYERS})
     assert population.prior is not None
     rows = rank_rows(fitted, population.labels)
     passes, test = population.passes(rows), rows.of_split("test")

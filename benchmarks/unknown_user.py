@@ -43,7 +43,7 @@ def main(
     groups = {"known": chosen_users(cohorts["a"], known_users, rows), "new": chosen_users(cohorts["b"], new_users, NEW_USER_EXAMPLES)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in groups}
     for seed in (int(text) for text in seeds.split(",")):
-        population = train_population(groups["known"], epochs=epochs, seed=seed, spec_changes={"top_layers": top_layers})
+        population = train_population(groups["known"], epochs=epochs, seed=seed, adapter={"top_layers": top_layers})
         for name, users in groups.items():
             found[name].append(answers(population, users))
             print(json.dumps({"seed": seed, "users": name, **found[name][-1]}), flush=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from plora_ray.evaluation.metrics import log_softmax, row_nll
 from plora_ray.training.rank_rows import RankRows
 
 EXAMPLES = 16  # training rows of each user
-RANKS = {"plora": 16, "lora": 8}
+ADAPTERS: dict[str, dict[str, Any]] = {"plora": {"rank": 16}, "lora": {"kind": "lora", "rank": 8}}
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 MOST_EPOCHS = 5
 
@@ -162,7 +162,7 @@ def main(
     new = [user.take(user.of_split("train", EXAMPLES) + user.of_split("test")) for user in fit]
     goals = {"plora": ("users_per_hour_vs_peft", 5.0), "lora": ("users_per_hour_vs_peft_lora_kind", 2.0)}
     for kind, (name, goal) in goals.items():
-        population = train_population(known, epochs=1 if quick else 2, seed=0, kind=kind, rank=RANKS[kind])  # type: ignore[arg-type]
+        population = train_population(known, epochs=1 if quick else 2, seed=0, adapter=ADAPTERS[kind])
         for figure in users_per_hour(population, new, name=name, goal=goal, rounds=2 if quick else 4):
             figure.emit(as_json)
         if kind == "plora":

@@ -43,9 +43,16 @@ class UserPrior:
     precision: Tensor
     noise_variance: float = 1.0
 
-    def scaled(self, factor: float) -> UserPrior:
-        """The same prior with its covariance multiplied by `factor`."""
-        return UserPrior(self.mean, self.precision / factor, self.noise_variance)
+    def in_blocks(self, scale: float, leanings: int, variance: float) -> UserPrior:
+        """The same prior with its covariance multiplied by `scale`, but for the last `leanings` numbers.
+
+        Of those each has `variance`, and none goes with another.
+        """
+        first = len(self.mean) - leanings
+        covariance = torch.linalg.inv(self.precision)[:first, :first]
+        precision = torch.eye(len(self.mean), dtype=torch.float64) / variance
+        precision[:first, :first] = torch.linalg.inv(covariance) / scale
+        return UserPrior(self.mean, precision, self.noise_variance)
 
     def centred(self) -> UserPrior:
         """The same prior of vectors that are counted from its mean."""
@@ -170,12 +177,18 @@ class PosteriorMoments:
     squared_residuals: float
     log_evidence: float
 
-    def prior(self, before: UserPrior) -> UserPrior:
-        """The Gaussian that fits these users best: one maximisation step after `before`, which stays if there are no users."""
+    def prior(self, before: UserPrior, start: UserPrior, start_users: float) -> UserPrior:
+        """The Gaussian that fits these users best: one maximisation step after `before`, which stays if there are no users.
+
+        start: its covariance weighs as much as that of `start_users` more users (the mode under an inverse Wishart prior), so that a few
+        users don't decide on all directions of many.
+        """
         if self.users == 0:
             return before
         mean = self.total / self.users
         covariance = self.outer / self.users - torch.outer(mean, mean)
+        weight = start_users / (self.users + start_users)
+        covariance = (1 - weight) * covariance + weight * torch.linalg.inv(start.precision)
         noise = max(self.squared_residuals / self.rows, LEAST_NOISE) if self.squared_residuals > 0 else before.noise_variance
         return UserPrior(mean, torch.linalg.inv(covariance), noise)
 

@@ -23,13 +23,15 @@ class TaskHead(nn.Linear):
     W [outputs, hidden] and b [outputs] as in every linear head; H [outputs, d], D [r, hidden], Q [r, d], M [outputs, r]: shared by all
     users. The product is elementwise: matrix factorisation (Koren et al. 2009) with what the model makes of a text in place of an item.
     p_u = 0 takes both terms away. For one user it all is one linear head again, `of_user`. h: [batch, hidden]; z: [batch, outputs].
+
+    H begins as `leanings`: the last numbers of a vector are its user's leanings, and the others say nothing here.
     """
 
     def __init__(self, hidden: int, outputs: int, *, terms: UserTerms = "none", rank: int = 1, user_dim: int = 1) -> None:
         super().__init__(hidden, outputs)
         self.terms = terms
         if terms != "none":
-            self.H = _uniform(outputs, user_dim)
+            self.H = nn.Parameter(leanings(outputs, user_dim))
         if terms == "taste":
             self.D, self.Q, self.M = _uniform(rank, hidden), _uniform(rank, user_dim), _uniform(outputs, rank)
 
@@ -61,6 +63,23 @@ def head_at(parameters: Mapping[str, Tensor], vector: Tensor) -> tuple[Tensor, T
     if "M" in own:
         weight = weight + (own["M"] * (own["Q"] @ vector)) @ own["D"]
     return weight, bias
+
+
+def leanings_of(outputs: int, user_dim: int) -> int:
+    """How many of a vector's last numbers are leanings: as many as outputs can differ in, and half of the vector at most."""
+    return min(max(outputs - 1, 1), user_dim // 2)
+
+
+def leanings(outputs: int, user_dim: int) -> Tensor:
+    """[outputs, user_dim]: an H by which the last numbers of a vector are how far its user leans towards each class, in logits.
+
+    Their columns are orthonormal and, since softmax sees only differences, sum to zero; for a regression it is the one output.
+    """
+    count = leanings_of(outputs, user_dim)
+    directions = torch.ones(1, 1) if outputs == 1 else torch.randn(outputs, outputs - 1)
+    if outputs > 1:
+        directions = torch.linalg.qr(directions - directions.mean(0)).Q
+    return torch.cat([torch.zeros(outputs, user_dim - count), directions[:, :count]], dim=1)
 
 
 def _uniform(rows: int, columns: int) -> nn.Parameter:

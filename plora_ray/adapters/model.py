@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from plora_ray.adapters.blocks import in_top_blocks
 from plora_ray.adapters.context import UserContext, cut_matrices
 from plora_ray.adapters.families import Pooling, family_of
-from plora_ray.adapters.head import TaskHead, UserTerms
+from plora_ray.adapters.head import TaskHead, UserTerms, leanings_of
 from plora_ray.adapters.inject import AdaptedLinear, Kind, find_targets, fold, inject
 from plora_ray.adapters.pretrained import hidden_size, load_plm
 from plora_ray.errors import ModelError
@@ -45,6 +45,11 @@ class AdapterSpec:
     kind: Kind = "plora"
     top_layers: int | None = None
     head_terms: UserTerms = "none"
+
+    @property
+    def leanings(self) -> int:
+        """How many of a vector's last numbers are its user's leanings; see TaskHead."""
+        return 0 if self.head_terms == "none" else leanings_of(self.outputs, self.user_dim)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -36,7 +36,8 @@ def parse_settings(values: dict[str, Any]) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item) for item in error.errors()[:5])) from error
+        wrong = [item for item in error.errors() if item["type"] != "default_factory_not_called"]  # a default that hangs on a wrong value
+        raise ConfigError("; ".join(_explain(item) for item in wrong[:5])) from error
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

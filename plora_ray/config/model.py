@@ -27,22 +27,38 @@ class ModelSettings(Section):
     dtype: Literal["fp32", "bf16"] = "fp32"
 
 
+RANKS: dict[Kind, int] = {"plora": 64, "lora": 16}
+
+
+def _rank_of_kind(given: dict[str, Any]) -> int:
+    return RANKS[given["kind"]]
+
+
+def _twice_the_rank(given: dict[str, Any]) -> float:
+    return 2.0 * given["rank"]
+
+
+def _terms_of_kind(given: dict[str, Any]) -> UserTerms:
+    return "bias" if given["kind"] == "plora" else "none"
+
+
 class AdapterSettings(Section):
     """Shapes of the adapted layers. targets: suffixes of linear layers' names; None takes the model family's.
 
     kind: plora, a vector of user_dim numbers a user; lora, private matrices a user, which start from the population's.
+    rank: by default small where every user has own matrices, and large where all share them. alpha: by default twice the rank.
     top_layers: only so many blocks, counted from the top, get adapters; None: all.
     head_terms: what the task head hears of the user (kind plora): nothing, a bias, or a bias and tastes.
     """
 
     kind: Kind = "plora"
-    rank: int = Field(16, ge=1, le=1024)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(default_factory=_rank_of_kind, ge=1, le=1024)
+    alpha: float = Field(default_factory=_twice_the_rank, gt=0)
     user_dim: int = Field(64, ge=1, le=4096)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] | None = None
     top_layers: int | None = Field(None, ge=1)
-    head_terms: UserTerms = "none"
+    head_terms: UserTerms = Field(default_factory=_terms_of_kind)
 
 
 class RetentionSettings(Section):

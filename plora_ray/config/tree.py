@@ -102,4 +102,6 @@ class Settings(Section):
 
 def _changed(section: BaseModel, names: Sequence[str]) -> str | None:
     """The first of `names` whose value isn't the default."""
-    return next((name for name in names if getattr(section, name) != type(section).model_fields[name].default), None)
+    fields, given = type(section).model_fields, vars(section)
+    defaults = {name: fields[name].get_default(call_default_factory=True, validated_data=given) for name in names}
+    return next((name for name in names if given[name] != defaults[name]), None)

@@ -55,6 +55,11 @@ class FrozenPasses:
         return self._model.spec.outputs
 
     @property
+    def leanings(self) -> int:
+        """How many of a vector's last numbers the task head hears as its user's leanings."""
+        return self._model.spec.leanings
+
+    @property
     def device(self) -> torch.device:
         """Where the model runs."""
         return self._trainer.device

@@ -1,13 +1,16 @@
 """The prior of users' vectors, from the users themselves (empirical Bayes), over all ranks.
 
-It starts from the moments of the vectors that the population stage found, at the scale that makes the users' labels likeliest,
-and is then refined on the linearised model by expectation maximisation: what it says of users must be what their own rows
-say of them. Moments alone measure where an optimiser with a step size and a number of epochs stopped.
+It starts from the moments of the vectors that the population stage found, at the scale that makes the users' labels likeliest, and
+apart from it at the likeliest variance of their leanings (`TaskHead`). Then it is refined on the linearised model by expectation
+maximisation: what it says of users must be what their own rows say of them. Moments alone measure where an optimiser with a step size
+and a number of epochs stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,10 +23,14 @@ from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
 
-SCALES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the moments' covariance, from which the best one is refined
+SCALES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the moments' covariance, from which the best one is refined
+VARIANCES = (1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of a leaning, in squared logits
+LIKELY_VARIANCE = 0.1
+SPREAD = 2.0  # standard deviation of both logarithms before any user is seen: enough to settle what a handful of users leaves open
+START_USERS = 64.0  # how many users the start weighs as much as, when it is refined
 MOST_STEPS = 10
 ENOUGH_EVIDENCE = 1e-3  # a user, in nats: steps that gain less aren't worth their time
-CALIBRATION_ROWS = 1024  # rows a rank looks at
+CALIBRATION_ROWS = 2048  # rows a rank looks at
 
 
 def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
@@ -41,15 +48,39 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
     def posterior(under: UserPrior) -> PosteriorMoments:
         return _summed((moments_of(under, mine, own) for mine, own in blocks), dim)
 
-    prior = max((prior.scaled(scale) for scale in SCALES), key=lambda scaled: posterior(scaled).log_evidence)
-    before = posterior(prior)
+    start = likeliest_start(prior, passes.leanings, lambda blocks: posterior(blocks).log_evidence)
+    prior, before = start, posterior(start)
     for _ in range(MOST_STEPS):
-        refined = before.prior(prior)
+        refined = before.prior(prior, start, START_USERS)
         after = posterior(refined)
         if after.log_evidence - before.log_evidence < ENOUGH_EVIDENCE * after.users:
             break
         prior, before = refined, after
     return prior
+
+
+def likeliest_start(trained: UserPrior, leanings: int, log_evidence: Callable[[UserPrior], float]) -> UserPrior:
+    """The likeliest of `trained` at SCALES, its last `leanings` numbers with VARIANCES: uphill from the middle, a step in each at a time.
+
+    log_evidence: of all ranks' users. Apart from each other because a population stage moves all numbers of a vector by similar steps,
+    however much users differ in what they stand for.
+    """
+
+    @cache
+    def surprise(place: tuple[int, int]) -> float:
+        scale, variance = SCALES[place[0]], VARIANCES[place[1]]
+        unlikely = (math.log(scale) ** 2 + math.log(variance / LIKELY_VARIANCE) ** 2) / (2 * SPREAD**2)
+        return unlikely - log_evidence(trained.in_blocks(scale, leanings, variance))
+
+    def around(place: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        steps = (-1, 0, 1) if leanings else (0,)
+        near = ((place[0] + step, place[1] + other) for step in (-1, 0, 1) for other in steps)
+        return ((scale, variance) for scale, variance in near if 0 <= scale < len(SCALES) and 0 <= variance < len(VARIANCES))
+
+    place = (SCALES.index(1.0), VARIANCES.index(LIKELY_VARIANCE))
+    while (better := min(around(place), key=surprise)) != place:
+        place = better
+    return trained.in_blocks(SCALES[place[0]], leanings, VARIANCES[place[1]])
 
 
 def prior_as_trained(table: UserTable, rows: RankRows) -> UserPrior:

@@ -190,7 +190,7 @@ def test_each_step_of_empirical_bayes_makes_a_regressions_rows_likelier_under_th
         moments = posterior_moments(linear, texts, labels, users, 60, chosen, "regression")
         values.append(evidence(chosen))
         claimed.append(moments.log_evidence)
-        chosen = moments.prior(chosen)
+        chosen = moments.prior(chosen, chosen, 0.0)
     assert np.ptp(np.array(values) - np.array(claimed)) < 1e-4, "for a regression the evidence is exact, up to a constant"
     assert all(after > before for before, after in zip(values, values[1:], strict=False))
     assert chosen.noise_variance == pytest.approx(0.25, rel=0.3)
@@ -204,7 +204,7 @@ def test_empirical_bayes_finds_the_same_spread_of_users_whatever_it_starts_from(
     for width in (0.2, 20.0):
         chosen = UserPrior(torch.zeros(DIM).double(), torch.eye(DIM).double() / width)
         for _ in range(20):
-            chosen = posterior_moments(linear, texts, labels, users, 200, chosen, "classification").prior(chosen)
+            chosen = posterior_moments(linear, texts, labels, users, 200, chosen, "classification").prior(chosen, chosen, 0.0)
         found.append(float(torch.linalg.inv(chosen.precision).trace()))
     assert found[0] == pytest.approx(found[1], rel=0.25)
     assert 0.25 < found[0] / float((root @ root.T).trace()) < 1.5  # Laplace posteriors of two-class labels are known to fall short
