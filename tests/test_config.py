@@ -20,7 +20,9 @@ from plora_ray.errors import ConfigError
         ({"serving": {"replicas": [3, 2]}}, r"'serving.replicas': write a number from 1, or \[min, max\] \(got \[3, 2\]\)"),
         ({"data": {"sorce": "x"}}, "did you mean 'data.source'"),
         ({"training": {"epochs": 0}}, "setting 'training.epochs'.*greater than or equal to 1.*got 0"),
-        ({"adapter": {"rank": "many"}}, "setting 'adapter.rank'"),
+        ({"adapter": {"rank": "many"}}, "^setting 'adapter.rank': Input should be a valid integer[^;]*$"),
+        ({"adapter": {"kind": "lara"}}, "^setting 'adapter.kind': Input should be 'plora' or 'lora'[^;]*$"),
+        ({"adapter": {"kind": "lora", "head_terms": "bias"}}, "adapter.head_terms means nothing with adapter.kind lora: remove it"),
         ({"training": {"num_workers": 9, "partitions": 8}}, "num_workers is 9: it must lie between 1 and partitions"),
         ({"training": {"num_workers": [2, 9], "partitions": 8}}, r"num_workers is \[2, 9\]: it must lie between 1 and partitions"),
         ({"training": {"num_workers": [3, 2]}}, r"num_workers is \[3, 2\]: in \[min, max\] the larger number comes last"),
@@ -131,3 +133,12 @@ def test_a_kind_has_its_solver_and_its_learning_rate_unless_they_are_set() -> No
 def test_the_settings_of_the_papers_benchmarks_are_valid(name: str) -> None:
     settings = load_settings(Path(__file__).parents[1] / f"benchmarks/settings/{name}.yaml")
     assert settings.model.name == "bert-base-uncased" and settings.adapter.user_dim == {"paper": 512, "ours": 64}[name]
+
+
+def test_what_all_users_share_is_larger_by_default_than_what_each_has_and_alpha_follows_the_rank() -> None:
+    found = {kind: parse_settings({"adapter": {"kind": kind}}).adapter for kind in ("plora", "lora")}
+    assert [(found[kind].rank, found[kind].alpha, found[kind].head_terms) for kind in found] == [(64, 128.0, "bias"), (16, 32.0, "none")]
+    assert parse_settings({"adapter": {"rank": 5}}).adapter.alpha == 10
+    assert parse_settings({"adapter": {"rank": 5, "alpha": 3}}).adapter.alpha == 3
+    for adapter in found.values():  # what a report shows is a configuration again
+        assert parse_settings({"adapter": adapter.model_dump(mode="json")}).adapter == adapter

@@ -210,6 +210,26 @@ def test_empirical_bayes_finds_the_same_spread_of_users_whatever_it_starts_from(
     assert 0.25 < found[0] / float((root @ root.T).trace()) < 1.5  # Laplace posteriors of two-class labels are known to fall short
 
 
+def test_a_start_weighs_as_much_as_so_many_users_covariance() -> None:
+    linear, texts, labels, users = simulated_users("classification", 30, 5, torch.eye(DIM))
+    moments = posterior_moments(linear, texts, labels, users, 30, prior(), "classification")
+    start = UserPrior(torch.zeros(DIM).double(), torch.eye(DIM).double() * 7)
+    alone, both = moments.prior(prior(), start, 0.0), moments.prior(prior(), start, 90.0)
+    own, mixed = (torch.linalg.inv(found.precision) for found in (alone, both))
+    assert torch.allclose(mixed, (30 * own + 90 * torch.eye(DIM).double() / 7) / 120)
+    assert torch.equal(both.mean, alone.mean), "where users lie is theirs to say"
+
+
+def test_a_prior_in_blocks_scales_what_the_vectors_say_and_gives_their_last_numbers_a_variance_of_their_own() -> None:
+    whole, covariance = prior(), torch.linalg.inv(prior().precision)
+    found = whole.in_blocks(3.0, 2, 0.25)
+    expected = torch.zeros(DIM, DIM).double()
+    expected[:-2, :-2] = 3 * covariance[:-2, :-2]
+    expected[-2:, -2:] = torch.eye(2) * 0.25
+    assert torch.allclose(torch.linalg.inv(found.precision), expected) and torch.equal(found.mean, whole.mean)
+    assert torch.allclose(torch.linalg.inv(whole.in_blocks(3.0, 0, 0.25).precision), 3 * covariance)
+
+
 def test_moments_of_groups_of_users_add_up_to_those_of_all() -> None:
     linear, texts, labels, users = simulated_users("regression", 30, 3, torch.eye(DIM))
     whole = posterior_moments(linear, texts, labels, users, 30, prior(), "regression")

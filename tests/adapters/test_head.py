@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plora_ray.adapters.fit import linearise
-from plora_ray.adapters.head import TaskHead, UserTerms
+from plora_ray.adapters.head import TaskHead, UserTerms, leanings
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.adapters.peft_export import head_tensors
 from tests.adapters.test_model import trained, users
@@ -61,3 +61,23 @@ def test_a_spec_from_before_the_head_heard_users_is_rebuilt_as_it_was() -> None:
     old = {name: value for name, value in spec.to_json().items() if name != "head_terms"}
     model = PersonalizedModel(plm("bert"), AdapterSpec.from_json(old))
     assert [name for name in model.shared_parameters() if name.startswith("head.")] == ["head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(("outputs", "user_dim", "count"), [(1, 4, 1), (2, 4, 1), (3, 64, 2), (10, 64, 9), (40, 16, 8), (3, 1, 0)])
+def test_the_last_numbers_of_a_vector_begin_as_leanings_in_all_directions_that_softmax_sees_or_as_many_as_half_of_it_holds(
+    outputs: int, user_dim: int, count: int
+) -> None:
+    spec = AdapterSpec("tiny", "classification" if outputs > 1 else "regression", outputs, user_dim=user_dim, head_terms="bias")
+    found = leanings(outputs, user_dim)
+    assert spec.leanings == count and found.shape == (outputs, user_dim)
+    directions = found[:, user_dim - count :]
+    assert not found[:, : user_dim - count].any()
+    assert torch.allclose(directions.T @ directions, torch.eye(count), atol=1e-3)
+    if outputs > 1:
+        assert torch.allclose(directions.sum(0), torch.zeros(count), atol=1e-3)
+    else:
+        assert torch.equal(directions, torch.ones(1, 1))
+
+
+def test_a_head_that_hears_nothing_has_no_leanings() -> None:
+    assert AdapterSpec("tiny", "classification", 3, user_dim=8).leanings == 0
