@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.fit import UserPrior
-from plora_ray.adapters.head import UserTerms
 from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.adapters.pretrained import weight_hash
 from plora_ray.adapters.solver import UserFit
+from plora_ray.config import AdapterSettings
 from plora_ray.store import AdapterStore, ModelRef
 
 DIM = 8
@@ -20,10 +22,11 @@ LABELS = LabelSpace("classification", ("no", "perhaps", "yes"))
 
 
 def publish(
-    store: AdapterStore, plm: str, name: str, users: list[str], seed: int = 0, kind: Kind = "plora", head_terms: UserTerms = "none"
+    store: AdapterStore, plm: str, name: str, users: list[str], seed: int = 0, kind: Kind = "plora", **adapter: Any
 ) -> dict[str, np.ndarray]:
-    """Publish a generation with random shared parameters and random vectors for `users`; returns the vectors."""
-    spec = AdapterSpec(model=plm, task="classification", outputs=3, rank=4, alpha=8.0, user_dim=DIM, kind=kind, head_terms=head_terms)
+    """Publish a generation with random shared parameters and random vectors for `users`; returns the vectors. adapter: more settings."""
+    chosen = AdapterSettings.model_validate({"rank": 4, "user_dim": DIM, "kind": kind, **adapter})
+    spec = AdapterSpec(model=plm, task="classification", outputs=3, **chosen.model_dump())
     model = PersonalizedModel.from_pretrained(spec)
     generator = torch.Generator().manual_seed(seed)
     shapes = sorted(((key, tensor.shape) for key, tensor in model.shared_parameters().items()), key=lambda pair: pair[0].endswith(".q"))

@@ -76,10 +76,11 @@ def leanings(outputs: int, user_dim: int) -> Tensor:
     Their columns are orthonormal and, since softmax sees only differences, sum to zero; for a regression it is the one output.
     """
     count = leanings_of(outputs, user_dim)
-    directions = torch.ones(1, 1) if outputs == 1 else torch.randn(outputs, outputs - 1)
+    directions = torch.ones(1, count)
     if outputs > 1:
+        directions = torch.randn(outputs, count)
         directions = torch.linalg.qr(directions - directions.mean(0)).Q
-    return torch.cat([torch.zeros(outputs, user_dim - count), directions[:, :count]], dim=1)
+    return torch.cat([torch.zeros(outputs, user_dim - count), directions], dim=1)
 
 
 def _uniform(rows: int, columns: int) -> nn.Parameter:

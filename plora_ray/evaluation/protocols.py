@@ -155,12 +155,14 @@ class _Run:
             predicted, seen = self._with_user if name == "full" else self._zero(chosen), _SEEN[name]
             self._tell(name, seen[1], predicted, chosen)
             return ProtocolResult(name, (self._compare(predicted, chosen, *seen),), groups=self._groups(predicted, chosen, *seen))
-        points = tuple(point for shots in self.shots if (point := self._few(chosen, shots)))
+        points = {shots: point for shots in self.shots if (point := self._few(chosen, shots))}
         if not points:
             return ProtocolResult(name, skipped="the users outside the generation who have test rows have no training rows")
-        missing = ", ".join(str(shots) for shots in self.shots if shots > (points[-1].examples or 0))
+        most = max(points)
+        missing = ", ".join(str(shots) for shots in self.shots if shots > most)
         note = f"No user outside the generation has training rows for {missing} examples"
-        return ProtocolResult(name, points, note=note if missing else None)
+        compared = tuple(self._compare(*point, WITH_USER, shots) for shots, point in points.items())
+        return ProtocolResult(name, compared, note=note if missing else None, groups=self._groups(*points[most], WITH_USER, most))
 
     def evaluation(self, results: Sequence[ProtocolResult], predictor_costs: Mapping[str, PredictorCost]) -> Evaluation:
         """The results with what they were measured on."""
@@ -223,8 +225,8 @@ class _Run:
                 found[name] = self._compare({who: values[mine] for who, values in predicted.items()}, chosen[mine], subject, examples)
         return found
 
-    def _few(self, chosen: Ints, shots: int) -> Comparison | None:
-        """Everybody among the rows' users who has at least `shots` examples; None if nobody has."""
+    def _few(self, chosen: Ints, shots: int) -> tuple[dict[str, Floats], Ints] | None:
+        """What every predictor says of the rows of users who have at least `shots` examples, and which these are; None if nobody has."""
         examples = self.rows.examples
         ready = [int(user) for user in np.unique(self.rows.row_users[chosen]) if len(examples.get(int(user), ())) >= shots]
         if not ready:
@@ -235,7 +237,7 @@ class _Run:
         personal = self.scorer.personal(f"rows after {_examples(shots)}", self.rows.row_texts[chosen], vectors[places])
         predicted = self._predicted(personal, chosen, shots)
         self._tell("few", shots, predicted, chosen)
-        return self._compare(predicted, chosen, WITH_USER, shots)
+        return predicted, chosen
 
     def _fit(self, users: Sequence[int], shots: int) -> NDArray[np.float32]:
         """Vectors [users, d] fitted on the first `shots` examples of each."""

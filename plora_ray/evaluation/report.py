@@ -46,7 +46,8 @@ TITLES = {
 class ProtocolResult:
     """One protocol: a comparison, or for few-shot one for each number of examples; or why there is none. note: what is missing.
 
-    groups: the comparison on the rows of each group, where the data has a column of groups. periods: on those of each part of the time.
+    groups: the comparison on the rows of each group, where the data has a column of groups; few-shot: after the most examples.
+    periods: on the rows of each part of the time.
     """
 
     name: str
@@ -160,10 +161,15 @@ def _section(result: ProtocolResult, pictures: dict[str, str]) -> str:
         return f"{head}\n<p>Skipped: {escape(result.skipped)}.</p>"
     picture = pictures.get({"full": GAIN_PLOT, "few": FEW_PLOT, "time": TIME_PLOT}.get(result.name, ""), "")
     note = f"<p>{escape(result.note)}.</p>" if result.note else ""
-    groups = ["<h3>By group</h3>", groups_table(result.groups)] if result.groups else []
+    groups = [f"<h3>By group{_after(result.groups)}</h3>", groups_table(result.groups)] if result.groups else []
     periods = ["<h3>By age of the rows</h3>", groups_table(result.periods)] if result.periods else []
     tables = [f"{comparison_table(comparison)}{_of_users(comparison)}" for comparison in result.comparisons]
     return "\n".join([head, picture, note, *tables, *groups, *periods])
+
+
+def _after(groups: Mapping[str, Comparison]) -> str:
+    examples = next(iter(groups.values())).examples
+    return f", after {examples} examples" if examples else ""
 
 
 def _of_users(comparison: Comparison) -> str:

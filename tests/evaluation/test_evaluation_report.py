@@ -118,6 +118,8 @@ def test_groups_divide_the_rows_and_each_is_compared_alone(world: World, tmp_pat
     full, zero = report["protocols"]["full"], report["protocols"]["zero"]
     assert set(full["groups"]) == {"a"} and set(zero["groups"]) == {"b"}  # each cohort is asked about in one protocol
     assert full["groups"]["a"]["gain_over"] == full["gain_over"] and full["groups"]["a"]["rows"] == full["rows"]
+    few = report["protocols"]["few"]
+    assert few["groups"]["b"] == few["points"][-1], "few-shot: of the most examples"
     assert "By group" in (tmp_path / "report.html").read_text()
 
 
