@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -27,6 +28,8 @@ SCALES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the moments' 
 VARIANCES = (1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of a leaning, in squared logits
 LIKELY_VARIANCE = 0.1
 SPREAD = 2.0  # standard deviation of both logarithms before any user is seen: enough to settle what a handful of users leaves open
+NOISE_ROUNDS = 8
+SETTLED = 0.1  # relative change of the noise that isn't worth another round: refining goes on from there
 START_USERS = 64.0  # how many users the start weighs as much as, when it is refined
 MOST_STEPS = 10
 ENOUGH_EVIDENCE = 1e-3  # a user, in nats: steps that gain less aren't worth their time
@@ -48,7 +51,7 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
     def posterior(under: UserPrior) -> PosteriorMoments:
         return _summed((moments_of(under, mine, own) for mine, own in blocks), dim)
 
-    start = likeliest_start(prior, passes.leanings, lambda blocks: posterior(blocks).log_evidence)
+    start = likeliest_start(prior, passes.leanings, posterior)
     prior, before = start, posterior(start)
     for _ in range(MOST_STEPS):
         refined = before.prior(prior, start, START_USERS)
@@ -59,18 +62,30 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
     return prior
 
 
-def likeliest_start(trained: UserPrior, leanings: int, log_evidence: Callable[[UserPrior], float]) -> UserPrior:
-    """The likeliest of `trained` at SCALES, its last `leanings` numbers with VARIANCES: uphill from the middle, a step in each at a time.
+def likeliest_start(trained: UserPrior, leanings: int, posterior: Callable[[UserPrior], PosteriorMoments]) -> UserPrior:
+    """The likeliest of `trained` at SCALES, its last `leanings` numbers with VARIANCES.
 
-    log_evidence: of all ranks' users. Apart from each other because a population stage moves all numbers of a vector by similar steps,
-    however much users differ in what they stand for.
+    Apart from each other because a population stage moves all numbers of a vector by similar steps, however much users differ in what
+    they stand for. posterior: of all ranks' users under a prior. A regression's noise is found in turn with them.
     """
+    for _ in range(NOISE_ROUNDS):
+        start = _uphill(trained, leanings, posterior)
+        noise = posterior(start).prior(start, start, 0.0).noise_variance
+        settled = abs(noise - trained.noise_variance) < SETTLED * noise
+        trained = replace(trained, noise_variance=noise)
+        if settled:
+            break
+    return replace(start, noise_variance=noise)
+
+
+def _uphill(trained: UserPrior, leanings: int, posterior: Callable[[UserPrior], PosteriorMoments]) -> UserPrior:
+    """From the middle of the table of SCALES and VARIANCES, a step in each at a time, to where no neighbour is likelier."""
 
     @cache
     def surprise(place: tuple[int, int]) -> float:
         scale, variance = SCALES[place[0]], VARIANCES[place[1]]
         unlikely = (math.log(scale) ** 2 + math.log(variance / LIKELY_VARIANCE) ** 2) / (2 * SPREAD**2)
-        return unlikely - log_evidence(trained.in_blocks(scale, leanings, variance))
+        return unlikely - posterior(trained.in_blocks(scale, leanings, variance)).log_evidence
 
     def around(place: tuple[int, int]) -> Iterator[tuple[int, int]]:
         steps = (-1, 0, 1) if leanings else (0,)
