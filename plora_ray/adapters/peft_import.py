@@ -9,18 +9,21 @@ biases that one vector explains. Knows names and tensors; reads no files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from plora_ray.adapters.head import UserTerms
 from plora_ray.adapters.model import PersonalizedModel
 from plora_ray.adapters.peft_export import PREFIX, adapted_layers, head_tensors, peft_config
 from plora_ray.errors import DataError
 
 SAME = 1e-5  # of the largest value: as far as two float32 copies of one tensor may differ
 EXPLAINED = 1e-3  # of the biases' length: what one vector may leave over
+# What of a head is its user's own.
+HEARD: dict[UserTerms, tuple[str, ...]] = {"none": (), "bias": ("bias",), "taste": ("weight", "bias")}
 # What in a checkpoint's configuration changes the formula: as peft_config says, or, below, never there.
 MEANT = ("peft_type", "r", "lora_alpha", "lora_bias", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "modules_to_save")
 FOREIGN = (
@@ -81,11 +84,11 @@ def _vector(model: PersonalizedModel, tensors: Mapping[str, Tensor], head: Mappi
         rows.append(b.double() @ p.double())
         given.append(tensors[f"{PREFIX}{layer}.lora_B.bias"].double())
         biases.append(given[-1] - b.double() @ q.double())
-    if head is not None and model.spec.head_terms != "none":  # it says of the vector what no layer may hear
-        rows.append(_head_effect(model))
-        everybodys = head_tensors(model, torch.zeros(model.user_width))
-        given.append(torch.cat([head[name].double().flatten() for name in ("weight", "bias")]))
-        biases.append(given[-1] - torch.cat([everybodys[name].double().flatten() for name in ("weight", "bias")]))
+    if head is not None and (parts := HEARD[model.spec.head_terms]):  # it says of the vector what no layer may hear
+        everybodys = _head_of(model, torch.zeros(model.user_width), parts)
+        rows.append(torch.stack([_head_of(model, unit, parts) - everybodys for unit in torch.eye(model.user_width)], dim=1))
+        given.append(torch.cat([head[part].double().flatten() for part in parts]))
+        biases.append(given[-1] - everybodys)
     effect, bias, rounding = torch.cat(rows), torch.cat(biases), SAME * torch.cat(given).norm()
     if bias.norm() <= rounding:
         return torch.zeros(model.user_width)  # nothing but everybody's share: whom the guard leaves to the population
@@ -100,14 +103,10 @@ def _vector(model: PersonalizedModel, tensors: Mapping[str, Tensor], head: Mappi
     return vector.float()
 
 
-def _head_effect(model: PersonalizedModel) -> Tensor:
-    """[outputs x hidden + outputs, d], float64: what one unit of each number of a vector adds to the head's weight and bias."""
-    base = model.head.of_user(torch.zeros(model.user_width))
-    columns = []
-    for unit in torch.eye(model.user_width):
-        changes = (own - shared for own, shared in zip(model.head.of_user(unit), base, strict=True))
-        columns.append(torch.cat([change.flatten() for change in changes]))
-    return torch.stack(columns, dim=1)
+def _head_of(model: PersonalizedModel, vector: Tensor, parts: Sequence[str]) -> Tensor:
+    """Flat, float64: these parts of the head that the user with `vector` [d] has."""
+    weight, bias = model.head.of_user(vector)
+    return torch.cat([{"weight": weight, "bias": bias}[part].flatten() for part in parts])
 
 
 def _same(name: str, given: Tensor, own: Tensor) -> None:

@@ -139,7 +139,10 @@ def test_what_is_no_checkpoint_of_the_generation_is_refused_and_nothing_is_writt
 
 
 def test_an_adapter_that_lies_too_far_out_is_refused(world: tuple[AdapterStore, Path], checkpoint: Path, kind: Kind) -> None:
-    shared = world[0].open_generation().shared().tensors
+    shared = {name: torch.as_tensor(tensor) for name, tensor in world[0].open_generation().shared().tensors.items()}
+
+    def leaning_farther(found: dict[str, Tensor]) -> None:
+        found["bias"] = shared["head.bias"] + 1000 * (found["bias"] - shared["head.bias"])
 
     def farther(found: dict[str, Tensor]) -> None:
         for name in found:
@@ -147,10 +150,11 @@ def test_an_adapter_that_lies_too_far_out_is_refused(world: tuple[AdapterStore, 
                 found[name] *= 1000
             elif name.endswith("lora_B.bias"):
                 layer = name.removeprefix(PREFIX).removesuffix(".lora_B.bias")
-                everybodys = torch.as_tensor(shared[f"layers.{layer}.B"]) @ torch.as_tensor(shared[f"layers.{layer}.q"])
+                everybodys = shared[f"layers.{layer}.B"] @ shared[f"layers.{layer}.q"]
                 found[name] = everybodys + 1000 * (found[name] - everybodys)
 
     tensors(farther)(checkpoint)
+    tensors(leaning_farther, HEAD)(checkpoint)
     with pytest.raises(DataError, match="times as far out as users do"):
         import_user(world[0], "mallory", checkpoint)
 

@@ -148,7 +148,7 @@ def test_a_guarded_few_shot_fit_leaves_whom_it_would_harm_at_what_he_had(engine:
     by_lot = [Examples(texts, labels, start) for labels, start in zip(drawn, starts, strict=True)]
     mine = Examples(texts, ["yes"] * len(texts))
     assert engine.loaded.prior is not None
-    wide = replace(engine.loaded, prior=engine.loaded.prior.scaled(100.0))
+    wide = replace(engine.loaded, prior=replace(engine.loaded.prior, precision=engine.loaded.prior.precision / 100))
     plain = FewShotFitter(wide).fit_many([*by_lot, mine])
     guarded = FewShotFitter(replace(wide, fit=UserFit(guard=True))).fit_many([*by_lot, mine])
     left = [place for place, start in enumerate(starts) if np.array_equal(guarded[place].vector, np.zeros(DIM) if start is None else start)]
