@@ -213,7 +213,8 @@ def test_a_job_runs_with_adapters_on_top_shards_offloaded_blocks_recomputed_and_
 
 
 def test_the_published_adapters_answer_as_the_report_says_and_are_as_sure_as_validation_rows_allow(tiny_tree: Tree, tmp_path: Path) -> None:
-    config = write(tiny_tree, tmp_path)
+    # Without leanings, whose mean is found after the scale and moves the population a little away from where that was chosen.
+    config = write({**tiny_tree, "adapter": {**tiny_tree["adapter"], "head_terms": "none"}}, tmp_path)
     result = train(config)
     store = AdapterStore.open(tiny_tree["store"]["uri"])
     report = json.loads(store.objects.read(f"generations/{result['generation']}/report.json"))
