@@ -189,8 +189,11 @@ class PosteriorMoments:
         covariance = self.outer / self.users - torch.outer(mean, mean)
         weight = start_users / (self.users + start_users)
         covariance = (1 - weight) * covariance + weight * torch.linalg.inv(start.precision)
-        noise = max(self.squared_residuals / self.rows, LEAST_NOISE) if self.squared_residuals > 0 else before.noise_variance
-        return UserPrior(mean, torch.linalg.inv(covariance), noise)
+        return UserPrior(mean, torch.linalg.inv(covariance), self.noise_variance(before))
+
+    def noise_variance(self, before: UserPrior) -> float:
+        """Of a regression's rows around what the posteriors say; that of `before` for a classification and without rows."""
+        return max(self.squared_residuals / self.rows, LEAST_NOISE) if self.squared_residuals > 0 else before.noise_variance
 
 
 def posterior_moments(

@@ -70,7 +70,7 @@ def likeliest_start(trained: UserPrior, leanings: int, posterior: Callable[[User
     """
     for _ in range(NOISE_ROUNDS):
         start = _uphill(trained, leanings, posterior)
-        noise = posterior(start).prior(start, start, 0.0).noise_variance
+        noise = posterior(start).noise_variance(start)
         settled = abs(noise - trained.noise_variance) < SETTLED * noise
         trained = replace(trained, noise_variance=noise)
         if settled:
