@@ -254,6 +254,11 @@ class ComparisonTotals:
         return right if self._matrix is None else right | self._matrix.of_rows(predicted, classes)
 
 
+def examples_told(count: int) -> str:
+    """So many examples, in words as reports and progress have them."""
+    return f"{count} example" if count == 1 else f"{count} examples"
+
+
 def compare(
     subject: str,
     predicted: Mapping[str, Floats],

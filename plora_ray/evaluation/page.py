@@ -9,7 +9,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Gain, PredictorScores
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Gain, PredictorScores, examples_told
 from plora_ray.evaluation.costs import COST, COST_OF_LIKELIEST
 from plora_ray.evaluation.metrics import SMALL, as_json
 from plora_ray.evaluation.predictor_cost import PredictorCost
@@ -84,7 +84,7 @@ def comparison_table(comparison: Comparison) -> str:
             cells += [_gain(metric, comparison.gains[name][metric]) if name in comparison.gains else "" for metric in gained]
             subject = ' class="subject"' if name == comparison.subject else ""
             lines.append(f"<tr{subject}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    shots = f"{comparison.examples} example{'' if comparison.examples == 1 else 's'} a user: " if comparison.examples else ""
+    shots = f"{examples_told(comparison.examples)} a user: " if comparison.examples else ""
     header, body = "".join(f"<th>{cell}</th>" for cell in head), "".join(lines)
     return f"<p>{shots}{comparison.rows:,} test rows of {comparison.users:,} users</p>\n<table><tr>{header}</tr>{body}</table>"
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from plora_ray.config import Settings
 from plora_ray.errors import ConfigError, DataError
-from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, compare
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, compare, examples_told
 from plora_ray.evaluation.cost_page import CostPage
 from plora_ray.evaluation.costs import Costs
 from plora_ray.evaluation.generation_cost import generation_costs
@@ -234,7 +234,7 @@ class _Run:
         vectors = self._fit(ready, shots)
         chosen = chosen[np.isin(self.rows.row_users[chosen], ready)]
         places = np.searchsorted(ready, self.rows.row_users[chosen])
-        personal = self.scorer.personal(f"rows after {_examples(shots)}", self.rows.row_texts[chosen], vectors[places])
+        personal = self.scorer.personal(f"rows after {examples_told(shots)}", self.rows.row_texts[chosen], vectors[places])
         predicted = self._predicted(personal, chosen, shots)
         self._tell("few", shots, predicted, chosen)
         return predicted, chosen
@@ -242,7 +242,7 @@ class _Run:
     def _fit(self, users: Sequence[int], shots: int) -> NDArray[np.float32]:
         """Vectors [users, d] fitted on the first `shots` examples of each."""
         fitter = FewShotFitter(self.loaded, batch_tokens=_batch_tokens(self.settings, self.loaded))
-        self.stages.begin(f"fitting users on {_examples(shots)}", len(users))
+        self.stages.begin(f"fitting users on {examples_told(shots)}", len(users))
         vectors = []
         for start in range(0, len(users), USERS_PER_FIT):
             group = [self.rows.examples[user][:shots] for user in users[start : start + USERS_PER_FIT]]
@@ -278,7 +278,3 @@ class _Run:
             history = history.restricted_to(np.array([user for user, _ in seen], np.int64), given)
         found = {MAJORITY: history.majority, LABEL_PRIOR: history.label_prior}
         return {name: predict(row_users) for name, predict in found.items() if name in self.baselines}
-
-
-def _examples(count: int) -> str:
-    return f"{count} example" if count == 1 else f"{count} examples"

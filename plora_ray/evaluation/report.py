@@ -14,7 +14,7 @@ from typing import Any
 
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.errors import ConfigError
-from plora_ray.evaluation.comparison import POPULATION, Comparison
+from plora_ray.evaluation.comparison import POPULATION, Comparison, examples_told
 from plora_ray.evaluation.cost_page import CostPage
 from plora_ray.evaluation.page import (
     INTERVALS,
@@ -169,7 +169,7 @@ def _section(result: ProtocolResult, pictures: dict[str, str]) -> str:
 
 def _after(groups: Mapping[str, Comparison]) -> str:
     examples = next(iter(groups.values())).examples
-    return f", after {examples} examples" if examples else ""
+    return f", after {examples_told(examples)}" if examples else ""
 
 
 def _of_users(comparison: Comparison) -> str:

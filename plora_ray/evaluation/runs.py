@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plora_ray.errors import ConfigError
-from plora_ray.evaluation.comparison import POPULATION, WITH_USER
+from plora_ray.evaluation.comparison import POPULATION, WITH_USER, examples_told
 from plora_ray.evaluation.page import METRICS, page
 
 COLUMNS = ("run", "protocol", "examples", "users", "rows")
@@ -114,7 +114,7 @@ def _verdict(lines: Sequence[RunLine]) -> str:
             continue
         best = min(group, key=lambda line: _answered(line, loss))
         near = [line.run for line in group if line is not best and _answered(line, loss) <= best.answered[loss][1]]
-        after = f" after {protocol[1]} examples" if protocol[1] else ""
+        after = f" after {examples_told(protocol[1])}" if protocol[1] else ""
         text = f"{protocol[0]}{after}: {best.run} has the lowest {METRICS[loss]} ({_answered(best, loss):.4g})"
         said.append(f"{text}; within its interval {'lies' if len(near) == 1 else 'lie'} {', '.join(near)}." if near else f"{text}.")
     return " ".join(said) or "These runs have no protocol on the same rows, so nothing is ranked."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval, examples_told
 from plora_ray.evaluation.user_gains import CHANCE
 
 FEWEST_USERS = 10  # below it a bootstrap over users says little
@@ -72,7 +72,7 @@ def _few(points: Sequence[Comparison]) -> str:
     )
     first = _clear_from(points, metric)
     if first is not None and first != last.examples:
-        text += f" The gain is clear from {first} example{'s' if first != 1 else ''} on."
+        text += f" The gain is clear from {examples_told(first)} on."
     if any(point.users != last.users for point in points):
         text += " Users with fewer examples are left out of the later points, so compare each point with its own population figure."
     return text

@@ -10,6 +10,7 @@ import torch
 
 from plora_ray.config import Settings
 from plora_ray.errors import DataError
+from plora_ray.evaluation.comparison import examples_told
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Floats, Ints
 from plora_ray.evaluation.predictor_cost import PredictorCost, sampled, seconds_per_request
@@ -52,7 +53,7 @@ class RivalPanel:
         found = {}
         for name, rival in self._rivals.items():
             if examples is not None:
-                self._stages.begin(f"{name} on {examples} examples of new users", 0)
+                self._stages.begin(f"{name} on {examples_told(examples)} of new users", 0)
                 rival.meet(self._examples(users, examples), self._stages.advance)
             self._stages.begin(f"rows by {name}", 0)
             logits = rival.logits(users, texts)
