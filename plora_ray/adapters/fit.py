@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,12 +36,14 @@ LEAST_NOISE = 1e-4  # of a standardised regression label: below it one row would
 class UserPrior:
     """Gaussian prior of user vectors. mean: [d]; precision: [d, d], the inverse covariance; both float64.
 
-    noise_variance: variance of a regression label around its prediction; unused for classification.
+    noise_variance: variance of a regression label around its prediction; unused for classification. lasting: share, 0 to 1, of a fitted
+    user's way from the mean that a fit keeps (`lasting.py`).
     """
 
     mean: Tensor
     precision: Tensor
     noise_variance: float = 1.0
+    lasting: float = 1.0
 
     def in_blocks(self, scale: float, leanings: int, variance: float) -> UserPrior:
         """The same prior with its covariance multiplied by `scale`, but for the last `leanings` numbers.
@@ -52,21 +54,26 @@ class UserPrior:
         covariance = torch.linalg.inv(self.precision)[:first, :first]
         precision = torch.eye(len(self.mean), dtype=torch.float64) / variance
         precision[:first, :first] = torch.linalg.inv(covariance) / scale
-        return UserPrior(self.mean, precision, self.noise_variance)
+        return replace(self, precision=precision)
 
     def centred(self) -> UserPrior:
         """The same prior of vectors that are counted from its mean."""
-        return UserPrior(torch.zeros_like(self.mean), self.precision, self.noise_variance)
+        return replace(self, mean=torch.zeros_like(self.mean))
 
     def tensors(self) -> dict[str, Tensor]:
         """The prior as named tensors, to be kept beside the shared parameters."""
-        noise = torch.tensor([self.noise_variance], dtype=torch.float64)
-        return {"prior.mean": self.mean.contiguous(), "prior.precision": self.precision.contiguous(), "prior.noise_variance": noise}
+        named = {"prior.mean": self.mean.contiguous(), "prior.precision": self.precision.contiguous()}
+        numbers = {"prior.noise_variance": self.noise_variance, "prior.lasting": self.lasting}
+        return {**named, **{name: torch.tensor([number], dtype=torch.float64) for name, number in numbers.items()}}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> UserPrior:
-        """The prior that `tensors` were made from; other names are ignored. Raises KeyError if one is missing."""
-        return cls(tensors["prior.mean"], tensors["prior.precision"], float(tensors["prior.noise_variance"]))
+        """The prior that `tensors` were made from; other names are ignored. Raises KeyError if one is missing.
+
+        One from before there was a `lasting` is read as if all lasted.
+        """
+        lasting = float(tensors["prior.lasting"]) if "prior.lasting" in tensors else 1.0
+        return cls(tensors["prior.mean"], tensors["prior.precision"], float(tensors["prior.noise_variance"]), lasting)
 
 
 def prior_from_moments(users: int, total: Tensor, outer: Tensor, *, shrinkage_users: float = 64.0, floor: float = 1e-3) -> UserPrior:
@@ -117,7 +124,7 @@ def linearise(forward: Forward, input_ids: Tensor, attention_mask: Tensor, point
 class FittedUsers:
     """What a solver found.
 
-    vectors: [users, width] float32. converged: [users] bool, whether the solver ended before its last step allowed.
+    vectors: [users, width] float32, as they are kept. converged: [users] bool, whether the solver ended before its last step allowed.
     remaining: [users] float32 in (0, 1], the share of the prior's variance that a user's rows leave, trace(H^-1 C^-1) / d with
         H the Hessian at the mode (Laplace's approximation); NaN where a solver gives none.
     guarded: [users] bool, whose own rows say that the fit harms them: their vectors are the fallback.
@@ -133,7 +140,7 @@ def solve_users(
     linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task,
     fallback: Tensor | None = None,
 ) -> FittedUsers:  # fmt: skip
-    """Posterior modes of `count` users at once.
+    """Posterior modes of `count` users at once, drawn to the prior's mean as far as they won't last (`UserPrior.lasting`).
 
     texts: [rows] row of `linear` each example uses; labels: [rows] class index or value; users: [rows] in 0..count-1.
     Users are independent: a user's result is what it is with no other user present, up to rounding. A user without rows
@@ -157,6 +164,7 @@ def solve_users(
         factor = torch.linalg.cholesky(problem.derivatives(p)[1])
     left = torch.cholesky_solve(prior.precision.expand(count, -1, -1), factor).diagonal(dim1=1, dim2=2).mean(1)
     guarded = torch.zeros(count, dtype=torch.bool) if fallback is None else harmed(problem, p, factor, fallback.double())
+    p = torch.lerp(prior.mean.expand_as(p), p, prior.lasting)
     if fallback is not None:
         p = torch.where(guarded.unsqueeze(1), fallback.double(), p)
     return FittedUsers(p.float(), converged, left.float(), guarded)
@@ -201,7 +209,7 @@ def posterior_moments(
 ) -> PosteriorMoments:
     """The expectation step of empirical Bayes with Laplace posteriors; arguments as in `solve_users`."""
     problem = FitProblem(linear, texts, labels, users, count, prior, task)
-    modes = solve_users(linear, texts, labels, users, count, prior, task).vectors.double()
+    modes = solve_users(linear, texts, labels, users, count, replace(prior, lasting=1.0), task).vectors.double()
     hessian = problem.derivatives(modes)[1]
     covariance = torch.linalg.inv(hessian)
     squared, noise = 0.0, 0.0

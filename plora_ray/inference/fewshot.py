@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plora_ray.adapters.adam import UserRows, fit_adam
-from plora_ray.adapters.fit import UserPrior, solve_users
+from plora_ray.adapters.fit import solve_users
 from plora_ray.adapters.objective import task_losses
 from plora_ray.inference.example_passes import ExamplePasses
 from plora_ray.inference.loading import LoadedGeneration
@@ -88,7 +88,7 @@ class FewShotFitter:
         fitted = torch.empty(len(users), len(prior.mean))
         for group in _groups(users):
             start = users[group[0]].start
-            centred = prior if start is None else UserPrior(torch.tensor(start).double(), prior.precision, prior.noise_variance)
+            centred = prior if start is None else replace(prior, mean=torch.tensor(start).double())
             rows = torch.from_numpy(np.flatnonzero(np.isin(owners.numpy(), group)))
             linear = passes.linearise(rows.numpy(), centred.mean)
             local = owners[rows] - group[0]

@@ -89,7 +89,9 @@ def train(settings: Settings, *, dry_run: bool = False) -> Published | DryRun:
             segments = store.resume(assignment.generation).finished_waves()
             totals = add_up(assignment, run, prepared.stats, segments, store.tombstones().keys())
             seconds = time.monotonic() - began
-            report = TrainingReport(assignment, prepared.plan, prepared.stats, totals, history, seconds, run.load_calibration())
+            report = TrainingReport(
+                assignment, prepared.plan, prepared.stats, totals, history, seconds, run.load_calibration(), run.load_prior()
+            )
             published = publish(prepared, report, segments, line, seconds=time.monotonic() - began)
             telemetry.finish(report.values, report.files)
             return published

@@ -3,7 +3,7 @@
 It starts from the moments of the vectors that the population stage found, at the scale that makes the users' labels likeliest, and
 apart from it at the likeliest variance of their leanings (`TaskHead`). Then it is refined on the linearised model by expectation
 maximisation: what it says of users must be what their own rows say of them. Moments alone measure where an optimiser with a step size
-and a number of epochs stopped.
+and a number of epochs stopped. Last, validation rows say how much of what is found in training rows lasts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from functools import cache
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from plora_ray.adapters.fit import PosteriorMoments, UserPrior, posterior_moments, prior_from_moments
+from plora_ray.adapters.fit import Linearisation, PosteriorMoments, UserPrior, posterior_moments, prior_from_moments, solve_users
+from plora_ray.adapters.lasting import SHARES, likeliest_share, share_losses
 from plora_ray.adapters.model import Task
 from plora_ray.training.fitters import newton_blocks
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
+
+Examples = tuple[Linearisation, Tensor, Tensor, Tensor, int]  # the first arguments of `solve_users`
 
 SCALES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the moments' covariance, from which the best one is refined
 VARIANCES = (1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of a leaning, in squared logits
@@ -40,16 +44,21 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
     """The prior that all ranks agree on. All ranks must call; validation rows are welcome and not needed."""
     prior = prior_as_trained(table, rows)
     users, dim = _calibration_users(rows), len(prior.mean)
-    chosen = rows.to_fit(users)
+    fitted = rows.to_fit(users)
+    chosen = np.union1d(fitted, rows.of_split("validation", users))
     linear, texts = passes.linearise(chosen, prior.mean)
-    blocks = newton_blocks(users, chosen, rows, dim, passes.outputs)
+    blocks = newton_blocks(users, fitted, rows, dim, passes.outputs)
 
-    def moments_of(under: UserPrior, mine: np.ndarray, own: np.ndarray) -> PosteriorMoments:
+    def examples(mine: np.ndarray, own: np.ndarray) -> Examples:
         local = torch.from_numpy(np.searchsorted(mine, rows.row_users[own]))
-        return posterior_moments(linear, texts[np.searchsorted(chosen, own)], rows.labels[own], local, len(mine), under, task)
+        return linear, texts[np.searchsorted(chosen, own)], rows.labels[own], local, len(mine)
 
     def posterior(under: UserPrior) -> PosteriorMoments:
-        return _summed((moments_of(under, mine, own) for mine, own in blocks), dim)
+        return _summed((posterior_moments(*examples(mine, own), under, task) for mine, own in blocks), dim)
+
+    def unseen_losses(under: UserPrior, mine: np.ndarray, own: np.ndarray) -> Tensor:
+        modes = solve_users(*examples(mine, own), under, task).vectors
+        return share_losses(*examples(mine, rows.of_split("validation", mine)), under, task, modes)
 
     start = likeliest_start(prior, passes.leanings, posterior)
     prior, before = start, posterior(start)
@@ -59,7 +68,10 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
         if after.log_evidence - before.log_evidence < ENOUGH_EVIDENCE * after.users:
             break
         prior, before = refined, after
-    return prior
+    learnt = newton_blocks(users, rows.of_split("train", users), rows, dim, passes.outputs)
+    losses = sum((unseen_losses(prior, mine, own) for mine, own in learnt), torch.zeros(len(SHARES), dtype=torch.float64))
+    dist.all_reduce(losses)
+    return replace(prior, lasting=likeliest_share(losses))
 
 
 def likeliest_start(trained: UserPrior, leanings: int, posterior: Callable[[UserPrior], PosteriorMoments]) -> UserPrior:

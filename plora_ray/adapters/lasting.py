@@ -1,0 +1,44 @@
+"""How much of what a fit has found of users holds on rows that it hasn't seen: one share, chosen on such rows.
+
+    p = mu + share (mode - mu)
+
+A posterior mode is drawn to the prior's mean mu as far as its own rows leave it open. They can't tell that people change: where rows are
+split by time, habits have moved on before the rows that are to be answered. How steeply outcomes follow predictions says how far
+these go too far (Cox 1958; van Houwelingen and le Cessie 1990, who shrink by it). Rows split by chance leave the share near 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plora_ray.adapters.fit import Linearisation, UserPrior
+from plora_ray.adapters.model import Task
+from plora_ray.adapters.problem import FitProblem
+
+SHARES = torch.linspace(0, 1, 101, dtype=torch.float64)  # none is above 1: what the prior holds back isn't given on trust
+SPREAD = 0.25  # standard deviation of the share around 1 before any row is seen: a handful of rows moves it little
+
+
+@torch.no_grad()
+def share_losses(
+    linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task, modes: Tensor
+) -> Tensor:
+    """Sum [len(SHARES)], float64, of the negative log-likelihood of users' rows at each share of what moves them from the prior's mean.
+
+    modes: [users, d], fitted to other rows than these; other arguments as in `solve_users`.
+    """
+    problem = FitProblem(linear, texts, labels, users, count, prior, task)
+    losses = torch.zeros(len(SHARES), dtype=torch.float64)
+    for group in problem.groups:
+        at_mean, at_mode = (problem.at(vectors, group)[1] for vectors in (prior.mean.expand(count, -1), modes.double()))
+        own = problem.labels[group.rows]
+        for place, share in enumerate(SHARES.tolist()):
+            losses[place] += (problem.losses(torch.lerp(at_mean, at_mode, share), own) * group.weights).sum()
+    return losses
+
+
+def likeliest_share(losses: Tensor) -> float:
+    """The likeliest of SHARES, given the sums that `share_losses` found (over all ranks) and that it is probably near 1."""
+    surprise = (1 - SHARES) ** 2 / (2 * SPREAD**2)
+    return float(SHARES[int(torch.argmin(losses + surprise))])
