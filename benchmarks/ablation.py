@@ -29,10 +29,11 @@ NEW_USER_EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the defaults. adapter, training: settings of these sections."""
+    """What differs from the defaults. adapter, training: settings of these sections; prior: of `UserPrior`, as it was estimated."""
 
     adapter: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    prior: Mapping[str, float] = field(default_factory=dict)
 
 
 FEED_FORWARD = ("intermediate.dense", "output.dense")
@@ -58,7 +59,9 @@ VARIANTS = {
     "vectors at twice the rate": Variant(training={"user_learning_rate": 0.02}),
     "all else at half the rate": Variant(training={"learning_rate": 5e-4}),
     "all else at twice the rate": Variant(training={"learning_rate": 2e-3}),
+    "four passes": Variant(training={"epochs": 4}),
     "logits as trained": Variant(training={"calibrate": False}),
+    "all of a fit lasts": Variant(prior={"lasting": 1.0}),
 }
 
 
@@ -117,6 +120,8 @@ def _judged(user: UserRows, step: int) -> UserRows:
 def _tried(variant: Variant, known: list[UserRows], new: list[UserRows], seed: int, epochs: int) -> dict[str, float]:
     began = time.monotonic()
     population = train_population(known, epochs=epochs, seed=seed, adapter=variant.adapter, training=variant.training)
+    assert population.prior is not None
+    population = replace(population, prior=replace(population.prior, **variant.prior))
     return {**_scored(population, known, "known"), **_scored(population, new, "new"), "seconds": round(time.monotonic() - began, 1)}
 
 

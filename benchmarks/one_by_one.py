@@ -18,11 +18,12 @@ class OneByOne:
     """Fits a user's LoRA by AdamW, the head frozen; `reset` puts the population's matrices back without building anything anew."""
 
     def __init__(self, population: Population, *, learning_rate: float) -> None:
-        spec, shared = population.model.spec, population.model.shared_parameters()
+        spec, shared, device = population.model.spec, population.model.shared_parameters(), population.trainer.device
         config = LoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules=["query", "value"], lora_dropout=0.0)
-        self.model: nn.Module = get_peft_model(load_plm(MODEL), config)
+        self.model: nn.Module = get_peft_model(load_plm(MODEL), config).to(device)
         self.head = nn.Linear(*reversed(population.model.head.weight.shape)).requires_grad_(False)
-        self.head.load_state_dict({name: getattr(population.model.head, name).detach() for name in ("weight", "bias")})
+        self.device = device
+        self.head.to(device).load_state_dict({name: getattr(population.model.head, name).detach() for name in ("weight", "bias")})
         self.classes = {name: place for place, name in enumerate(population.labels.classes)}
         self.learning_rate = learning_rate
         self.matrices = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
@@ -54,14 +55,14 @@ class OneByOne:
     def logits(self, user: UserRows) -> Tensor:
         """[rows, classes]."""
         longest = max(map(len, user.ids))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in user.ids])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in user.ids])
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in user.ids], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in user.ids], device=self.device)
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         logits: Tensor = self.head(pool(hidden, mask, "mean"))
         return logits
 
     def _labels(self, user: UserRows) -> Tensor:
-        return torch.tensor([self.classes[label] for label in user.labels])
+        return torch.tensor([self.classes[label] for label in user.labels], device=self.device)
 
 
 def _ours(name: str) -> str:

@@ -20,11 +20,12 @@ class PeftLora:
     Like ours, the frozen PLM runs without its own dropout and gradients are clipped to norm 1.
     """
 
-    def __init__(self, model: str, *, outputs: int, rank: int, alpha: float, learning_rate: float = 1e-3) -> None:
+    def __init__(self, model: str, *, outputs: int, rank: int, alpha: float, learning_rate: float = 1e-3, device: str = "cpu") -> None:
         plm: Any = load_plm(model)
         targets = family_of(plm.config.model_type, targets=None, pooling=None).targets
-        self._plm = get_peft_model(plm, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets))).eval()
-        self._head = nn.Linear(hidden_size(plm), outputs)
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets))
+        self._plm = get_peft_model(plm, config).eval().to(device)
+        self._head = nn.Linear(hidden_size(plm), outputs, device=device)
         self._trained = [parameter for parameter in self._plm.parameters() if parameter.requires_grad] + list(self._head.parameters())
         self._optimizer = torch.optim.AdamW(self._trained, lr=learning_rate, weight_decay=0.01)
 

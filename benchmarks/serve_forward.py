@@ -19,37 +19,41 @@ PEFT_RANK = 8
 
 
 @torch.inference_mode()
-def engine_vs_plain_encoder(kind: Kind, *, rounds: int) -> Figure:
-    """A batch of 32 different users through the serving form against the plain encoder with the same head and pooling."""
-    model = PersonalizedModel.from_pretrained(spec_of(kind))
+def engine_vs_plain_encoder(
+    kind: Kind, *, rounds: int, rows: int = ROWS, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Figure:
+    """A batch of so many different users through the serving form against the plain encoder with the same head and pooling."""
+    model = PersonalizedModel.from_pretrained(spec_of(kind), dtype=dtype)
     for parameter in model.shared_parameters().values():
         torch.nn.init.normal_(parameter, std=0.02)
-    users = model.population_vector().cpu() + torch.randn(ROWS, model.user_width) * 0.02
-    folded = model.fold()
-    plain, head = load_plm(MODEL), torch.nn.Linear(384, 2)
-    ids = torch.randint(1000, 20_000, (ROWS, TOKENS))
+    users = (model.population_vector().cpu() + torch.randn(rows, model.user_width) * 0.02).to(device)
+    folded = model.fold().to(device)
+    plain, head = load_plm(MODEL, dtype=dtype).to(device), torch.nn.Linear(384, 2, dtype=dtype, device=device)
+    ids = torch.randint(1000, 20_000, (rows, TOKENS), device=device)
     mask = torch.ones_like(ids)
 
     def without_users() -> Tensor:
         logits: Tensor = head(pool(plain(input_ids=ids, attention_mask=mask).last_hidden_state, mask, "mean"))
-        return logits
+        return logits.cpu()
 
     name, goal = ("engine_vs_plain_encoder", 0.97) if kind == "plora" else ("engine_vs_plain_encoder_lora_kind", 0.85)
-    return speed_ratio(name, lambda: folded(ids, mask, users), without_users, rounds=rounds, goal=goal)
+    name += "" if rows == ROWS else f"_{rows}_rows"
+    return speed_ratio(name, lambda: folded(ids, mask, users).cpu(), without_users, rounds=rounds, goal=goal)
 
 
 class PeftMixed:
     """One LoRA a user in one PEFT model, batches in the order of arrival, each row's adapter named: as PEFT documents it."""
 
-    def __init__(self, users: list[str]) -> None:
+    def __init__(self, users: list[str], device: torch.device, dtype: torch.dtype) -> None:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=PEFT_RANK, lora_alpha=2 * PEFT_RANK, target_modules=["query", "value"], init_lora_weights=False)
-        self._model: Any = get_peft_model(load_plm(MODEL), config, adapter_name=users[0])
+        self._device = device
+        self._model: Any = get_peft_model(load_plm(MODEL, dtype=dtype), config, adapter_name=users[0])
         for user in users[1:]:
             self._model.add_adapter(user, config)
-        self._model.eval()
-        self._head, self._tokenizer = torch.nn.Linear(384, 2), load_tokenizer(MODEL)
+        self._model.eval().to(device=device, dtype=dtype)
+        self._head, self._tokenizer = torch.nn.Linear(384, 2, dtype=dtype, device=device), load_tokenizer(MODEL)
 
     @torch.inference_mode()
     def predict(self, rows: list[tuple[str, str]]) -> list[list[float]]:
@@ -57,7 +61,8 @@ class PeftMixed:
         found: list[list[float]] = []
         for start in range(0, len(rows), ROWS):
             batch = rows[start : start + ROWS]
-            tokens = self._tokenizer([text for _, text in batch], truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt")
+            texts = [text for _, text in batch]
+            tokens = self._tokenizer(texts, truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt").to(self._device)
             hidden = self._model(**tokens, adapter_names=[user for user, _ in batch]).last_hidden_state
             found += torch.softmax(self._head(pool(hidden, tokens["attention_mask"], "mean")), -1).tolist()
         return found
@@ -65,5 +70,6 @@ class PeftMixed:
 
 def engine_vs_peft_adapter_names(name: str, engine: InferenceEngine, rows: list[tuple[str, str]], *, rounds: int) -> Figure:
     """Rows of different users with real lengths, tokenised by both sides: seconds of PEFT's `adapter_names` / the engine's."""
-    peft = PeftMixed(list(dict.fromkeys(user for user, _ in rows)))
+    loaded = engine.loaded
+    peft = PeftMixed(list(dict.fromkeys(user for user, _ in rows)), loaded.device, next(loaded.model.plm.parameters()).dtype)
     return speed_ratio(name, lambda: engine.predict(rows), lambda: peft.predict(rows), rounds=rounds, goal=3.0)

@@ -39,7 +39,8 @@ def train(trainer: ShardedTrainer, first: int, stop: int) -> None:
 
 def rank(index: int, ranks: int, sharding: str, folder: str) -> None:
     """Train on, from the state in `folder` if there is one, three steps; write the state back."""
-    os.environ.update({"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"})
+    alone = {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}  # ranks on a CPU, also where there is a GPU
+    os.environ.update({"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(ranks), **alone})
     store = dist.FileStore(f"{folder}/rendezvous-{sharding}-{ranks}", ranks)
     dist.init_process_group("gloo", store=store, rank=index, world_size=ranks)
     trainer = trainer_of(module(), sharding)

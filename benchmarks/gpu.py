@@ -1,0 +1,75 @@
+"""On a GPU: what the benchmarks of serving and training measure on a CPU, at the sizes of batches that a GPU is for.
+
+    python -m benchmarks.gpu [--json] [--only forward ...]
+
+Forward passes in bfloat16, as a replica with a GPU serves; training steps in float32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Annotated, get_args
+
+import torch
+import typer
+
+from benchmarks.figures import Figure
+from benchmarks.made_generation import name_of, publish, texts_of
+from benchmarks.serve_forward import engine_vs_peft_adapter_names, engine_vs_plain_encoder
+from benchmarks.step import step_tokens_vs_peft_lora
+from plora_ray.adapters.inject import Kind
+from plora_ray.inference import InferenceEngine, load_generation
+from plora_ray.store import AdapterStore
+
+BATCHES = (32, 256, 1024)
+PEFT_USERS, PEFT_ROWS = 32, 1024
+
+
+def forward(rounds: int) -> Iterator[Figure]:
+    """Different users in every row against no users at all."""
+    for kind in get_args(Kind):
+        for rows in BATCHES:
+            yield engine_vs_plain_encoder(kind, rounds=rounds, rows=rows, device="cuda", dtype=torch.bfloat16)
+
+
+def peft(rounds: int) -> Iterator[Figure]:
+    """The engine, tokeniser included, against PEFT's mixed batches."""
+    texts = texts_of(None, PEFT_ROWS)
+    rows = [(name_of(place % PEFT_USERS), text) for place, text in enumerate(texts)]
+    for kind in get_args(Kind):
+        with tempfile.TemporaryDirectory(prefix="plora-gpu-") as folder:
+            store = AdapterStore(folder)
+            publish(store, PEFT_USERS, kind)
+            engine = InferenceEngine(load_generation(store, dtype=torch.bfloat16, device="cuda"), batch_rows=32, resident="on")
+            name = "engine_vs_peft_adapter_names" + ("_lora_kind" if kind == "lora" else "")
+            yield engine_vs_peft_adapter_names(name, engine, rows, rounds=max(3, rounds // 10))
+            engine.close()
+
+
+def step(rounds: int) -> Iterator[Figure]:
+    """A step of the population stage against PEFT's."""
+    for rows in BATCHES[:2]:
+        yield step_tokens_vs_peft_lora(rounds, rows)
+
+
+FIGURES: dict[str, Callable[[int], Iterator[Figure]]] = {"forward": forward, "peft": peft, "step": step}
+
+
+def main(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="forward, peft, step; all of them by default.")] = None,
+    rounds: Annotated[int, typer.Option(help="Repetitions of each side.")] = 50,
+) -> None:
+    """Measure and print."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no GPU here")
+    for name in only or FIGURES:
+        if name not in FIGURES:
+            raise typer.BadParameter(f"there is no figure {name}: {', '.join(FIGURES)}")
+        for figure in FIGURES[name](rounds):
+            figure.emit(as_json)
+
+
+if __name__ == "__main__":
+    typer.run(main)
