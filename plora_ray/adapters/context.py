@@ -22,6 +22,7 @@ class UserContext:
         users have equally many: row i belongs to user i // (rows / users).
     rows: rows of the batch.
     effects: per layer, its user term s B P p_u [users, out] of the last forward pass; filled only while `record_effects`.
+    terms: per folded layer, its user term s B P p_u [users, out].
     matrices: per layer of the kind `lora`, the users' A [users, rank, in] and B [users, out, rank], views of `vectors`.
     shapes: per layer of the kind `lora`, in model order, (rank, in, out): how a record divides into matrices.
     """
@@ -30,6 +31,7 @@ class UserContext:
     rows: int = 0
     record_effects: bool = False
     effects: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
     matrices: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
@@ -42,7 +44,7 @@ class UserContext:
 
     def leave(self) -> None:
         """Forget the batch's users."""
-        self.vectors, self.matrices = None, {}
+        self.vectors, self.terms, self.matrices = None, {}, {}
 
     def check_rows(self, x: Tensor) -> None:
         """Raise ModelError if a layer's input [batch, ..., in] doesn't have one row a text."""

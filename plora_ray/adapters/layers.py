@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from plora_ray.adapters.context import UserContext
 
 
-def _rowwise(term: Tensor, like: Tensor, context: UserContext) -> Tensor:
-    """Spread a term of each user [users, k] over the rows and token dimensions of `like` [batch, ..., *]."""
-    context.check_rows(like)
-    rows = term.repeat_interleave(context.rows // len(term), 0)
-    return rows.view(context.rows, *([1] * (like.dim() - 2)), term.shape[1])
+def _add_to_rows(y: Tensor, term: Tensor, context: UserContext) -> Tensor:
+    """`y` [batch, ..., k], a product nobody else has, with each user's term [users, k] added in place to all tokens of the user's rows."""
+    context.check_rows(y)
+    y.view(len(term), -1, term.shape[1]).add_(term.unsqueeze(1))
+    return y
 
 
 class PLoRALinear(nn.Module):
@@ -63,8 +63,13 @@ class PLoRALinear(nn.Module):
             user = F.linear(vectors.to(dtype), self.P)
             if self.context.record_effects:
                 self.context.effects[self.name] = F.linear(user, self.B) * self.scaling
-            low = low + _rowwise(user, low, self.context)
+            low = _add_to_rows(low, user, self.context)
         return self.base(x) + F.linear(low * self.scaling, self.B).to(x.dtype)  # scaled where it is narrow
+
+    @torch.no_grad()
+    def user_map(self) -> Tensor:
+        """U = s B P [out, d], in the frozen weight's dtype: the two products of the user's term as one matrix."""
+        return ((self.B.float() @ self.P.float()) * self.scaling).to(self.base.weight.dtype)
 
     def serving_form(self) -> FoldedLinear:
         """The same layer with everything shared folded into one weight."""
@@ -76,7 +81,7 @@ class FoldedLinear(nn.Module):
 
         y = W' x + b' + B c_u        W' = W + s B A        b' = b + s B q        c_u = s P p_u
 
-    The two products of the user term are one matrix U = s B P [out, d], so a row costs d multiply-adds an output.
+    B c_u [users, out] comes from the context: the model finds it for all its layers at once (`PLoRALinear.user_map`).
     """
 
     def __init__(self, trained: PLoRALinear) -> None:
@@ -88,16 +93,11 @@ class FoldedLinear(nn.Module):
             bias = (trained.B.float() @ trained.q.float()) * trained.scaling
             if base.bias is not None:
                 bias = bias + base.bias.float()
-            user_map = (trained.B.float() @ trained.P.float()) * trained.scaling
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
-        self.register_buffer("user_map", user_map.to(base.weight.dtype))
-        self.user_map: Tensor
-        self.context = trained.context
+        self.context, self.name = trained.context, trained.name
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        vectors = self.context.vectors
-        if vectors is not None:
-            y = y + _rowwise(F.linear(vectors.to(self.user_map.dtype), self.user_map), y, self.context)
-        return y
+        term = self.context.terms.get(self.name)
+        return y if term is None else _add_to_rows(y, term, self.context)

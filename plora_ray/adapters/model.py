@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from plora_ray.adapters.blocks import in_top_blocks
 from plora_ray.adapters.context import UserContext, cut_matrices
 from plora_ray.adapters.families import Pooling, family_of
 from plora_ray.adapters.head import TaskHead, UserTerms, leanings_of
 from plora_ray.adapters.inject import AdaptedLinear, Kind, find_targets, fold, inject
+from plora_ray.adapters.layers import PLoRALinear
 from plora_ray.adapters.pretrained import hidden_size, load_plm
 from plora_ray.errors import ModelError
 
@@ -102,6 +104,9 @@ class PersonalizedModel(nn.Module):
         self.head = TaskHead(hidden_size(plm), spec.outputs, terms=spec.head_terms, rank=spec.rank, user_dim=spec.user_dim)
         self.head_dropout = nn.Dropout(spec.dropout)
         self.folded = False
+        self.register_buffer("user_maps", None)  # of the folded layers, by name in `_outs`, one above the other: [sum of outs, user_dim]
+        self.user_maps: Tensor | None
+        self._outs: dict[str, int] = {}
 
     @classmethod
     def from_pretrained(cls, spec: AdapterSpec, *, dtype: torch.dtype = torch.float32) -> PersonalizedModel:
@@ -146,6 +151,9 @@ class PersonalizedModel(nn.Module):
         Raises ModelError unless batch is a multiple of users; the rows of a user are adjacent.
         """
         self.context.enter(user_vectors, len(input_ids))
+        if self.user_maps is not None and user_vectors is not None:
+            terms = F.linear(user_vectors.to(self.user_maps.dtype), self.user_maps)
+            self.context.terms = dict(zip(self._outs, torch.split(terms, list(self._outs.values()), dim=1), strict=True))
         try:
             hidden = self.plm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         finally:
@@ -186,10 +194,14 @@ class PersonalizedModel(nn.Module):
     def fold(self) -> PersonalizedModel:
         """Turn into the serving form, in place, and return self.
 
-        plora: W' = W + s B A, user terms as one product a layer. lora: W stays, and every row's low-rank term is its own
+        plora: W' = W + s B A, the user terms of all layers as one product. lora: W stays, and every row's low-rank term is its own
         user's, as one batched product a layer: with W + s B A a personal row would first have to take the population's off.
         """
         if not self.folded:
+            foldable = {name: layer for name, layer in self._layers.items() if isinstance(layer, PLoRALinear)}
+            if foldable:
+                self.user_maps = torch.cat([layer.user_map() for layer in foldable.values()])
+                self._outs = {name: layer.base.out_features for name, layer in foldable.items()}
             fold(self.plm, self._layers)
             self._layers = {}
             self.folded = True

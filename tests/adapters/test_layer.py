@@ -55,6 +55,7 @@ def test_what_everybody_has_in_common_is_added_beside_the_users_term_folded_or_n
         layer.q.copy_(common)
     for users in (RELEASED["p"], None):
         layer.context.enter(users, 3)
+        layer.context.terms = {} if users is None else {"layer": users @ layer.user_map().T}
         expected = RELEASED["y_none" if users is None else "y_user"] + 8 / 4 * RELEASED["B"] @ common
         assert torch.allclose(layer(RELEASED["x"]), expected, atol=1e-12)
         assert torch.allclose(FoldedLinear(layer).double()(RELEASED["x"]), expected, atol=1e-6)
@@ -66,10 +67,11 @@ def test_the_folded_layer_keeps_the_users_term_that_the_released_merge_loses() -
     with torch.no_grad():  # folding works in fp32; fold the released numbers in double to compare with them
         folded.weight.copy_(RELEASED["W"] + 2 * RELEASED["B"] @ RELEASED["A"])
         folded.bias.copy_(RELEASED["b"])
-        folded.user_map.copy_(2 * RELEASED["B"] @ RELEASED["P"])
     layer.context.enter(None, 3)
     assert torch.allclose(folded(RELEASED["x"]), RELEASED["y_merged_no_user"], atol=1e-12)
     layer.context.enter(RELEASED["p"], 3)
+    layer.context.terms = {"layer": RELEASED["p"] @ (2 * RELEASED["B"] @ RELEASED["P"]).T}
+    assert torch.allclose(layer.user_map(), 2 * RELEASED["B"] @ RELEASED["P"], atol=1e-6)
     assert torch.allclose(folded(RELEASED["x"]), RELEASED["y_user"], atol=1e-12)
 
 
