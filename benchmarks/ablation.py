@@ -49,6 +49,7 @@ VARIANTS = {
     "head hears tastes": Variant({"head_terms": "taste"}),
     "rank 16": Variant({"rank": 16}),
     "rank 128": Variant({"rank": 128}),
+    "rank 256": Variant({"rank": 256}),
     "d = 16": Variant({"user_dim": 16}),
     "d = 256": Variant({"user_dim": 256}),
     "dropout 0.1": Variant({"dropout": 0.1}),

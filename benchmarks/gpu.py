@@ -17,7 +17,7 @@ import typer
 from benchmarks.figures import Figure
 from benchmarks.made_generation import name_of, publish, texts_of
 from benchmarks.serve_forward import engine_vs_peft_adapter_names, engine_vs_plain_encoder
-from benchmarks.step import step_tokens_vs_peft_lora
+from benchmarks.step import one_rank, step_tokens_vs_peft_lora
 from plora_ray.adapters.inject import Kind
 from plora_ray.inference import InferenceEngine, load_generation
 from plora_ray.store import AdapterStore
@@ -49,8 +49,9 @@ def peft(rounds: int) -> Iterator[Figure]:
 
 def step(rounds: int) -> Iterator[Figure]:
     """A step of the population stage against PEFT's."""
-    for rows in BATCHES[:2]:
-        yield step_tokens_vs_peft_lora(rounds, rows)
+    with one_rank():
+        for rows in BATCHES[:2]:
+            yield step_tokens_vs_peft_lora(rounds, rows)
 
 
 FIGURES: dict[str, Callable[[int], Iterator[Figure]]] = {"forward": forward, "peft": peft, "step": step}

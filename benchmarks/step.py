@@ -74,7 +74,10 @@ class PersonalStep:
 
 
 def step_tokens_vs_peft_lora(rounds: int, rows: int = ROWS) -> Figure:
-    """Tokens per second of ours over PEFT's, on the GPU if there is one; both see the same batches of so many different users."""
+    """Tokens per second of ours over PEFT's, on the GPU if there is one; both see the same batches of so many different users.
+
+    Within `one_rank`.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def batch() -> Batch:
@@ -82,17 +85,16 @@ def step_tokens_vs_peft_lora(rounds: int, rows: int = ROWS) -> Figure:
         users = torch.randint(0, USERS, (rows,), generator=generator)
         return ids, torch.ones_like(ids), users, torch.randint(0, OUTPUTS, (rows,), generator=generator).to(ours.device)
 
-    with one_rank():
-        ours = PersonalStep()
-        theirs = PeftLora(MODEL, outputs=OUTPUTS, rank=RANK, alpha=2.0 * RANK, device=str(ours.device))
-        batches = [batch() for _ in range(2)]
-        return speed_ratio(
-            "step_tokens_vs_peft_lora" + ("" if rows == ROWS else f"_{rows}_rows"),
-            lambda: [ours.step(*one).item() for one in batches],
-            lambda: [theirs.step(ids, mask, labels).item() for ids, mask, _, labels in batches],
-            rounds=rounds,
-            goal=GOAL,
-        )
+    ours = PersonalStep()
+    theirs = PeftLora(MODEL, outputs=OUTPUTS, rank=RANK, alpha=2.0 * RANK, device=str(ours.device))
+    batches = [batch() for _ in range(2)]
+    return speed_ratio(
+        "step_tokens_vs_peft_lora" + ("" if rows == ROWS else f"_{rows}_rows"),
+        lambda: [ours.step(*one).item() for one in batches],
+        lambda: [theirs.step(ids, mask, labels).item() for ids, mask, _, labels in batches],
+        rounds=rounds,
+        goal=GOAL,
+    )
 
 
 def main(
@@ -100,7 +102,8 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Measure and print."""
-    step_tokens_vs_peft_lora(rounds=10 if quick else 60).emit(as_json)
+    with one_rank():
+        step_tokens_vs_peft_lora(rounds=10 if quick else 60).emit(as_json)
 
 
 if __name__ == "__main__":
