@@ -2,17 +2,20 @@
 
     python -m benchmarks.gpu [--json] [--only forward ...]
 
-Forward passes in bfloat16, as a replica with a GPU serves; training steps in float32.
+Forward passes in bfloat16, as a replica with a GPU serves; training steps in float32. `large` is an encoder of BERT large's shape with
+random weights: what a user's term costs doesn't hang on what the weights are.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, get_args
 
 import torch
 import typer
+from transformers import BertConfig, BertModel
 
 from benchmarks.figures import Figure
 from benchmarks.made_generation import name_of, publish, texts_of
@@ -54,12 +57,25 @@ def step(rounds: int) -> Iterator[Figure]:
             yield step_tokens_vs_peft_lora(rounds, rows)
 
 
-FIGURES: dict[str, Callable[[int], Iterator[Figure]]] = {"forward": forward, "peft": peft, "step": step}
+def large(rounds: int) -> Iterator[Figure]:
+    """Both, with 24 blocks of width 1024."""
+    with tempfile.TemporaryDirectory(prefix="plora-gpu-") as folder, one_rank():
+        config = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+        BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+        for kind in get_args(Kind):
+            for rows in BATCHES[:2]:
+                found = engine_vs_plain_encoder(kind, rounds=rounds, model=folder, rows=rows, device="cuda", dtype=torch.bfloat16)
+                yield replace(found, figure=f"large_{found.figure}")
+        found = step_tokens_vs_peft_lora(max(3, rounds // 3), BATCHES[0], folder)
+        yield replace(found, figure=f"large_{found.figure}")
+
+
+FIGURES: dict[str, Callable[[int], Iterator[Figure]]] = {"forward": forward, "peft": peft, "step": step, "large": large}
 
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="forward, peft, step; all of them by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="forward, peft, step, large; all of them by default.")] = None,
     rounds: Annotated[int, typer.Option(help="Repetitions of each side.")] = 50,
 ) -> None:
     """Measure and print."""

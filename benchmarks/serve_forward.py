@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from benchmarks.figures import Figure, speed_ratio
 from benchmarks.made_generation import MAX_LENGTH, MODEL, spec_of
 from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.model import PersonalizedModel, pool
-from plora_ray.adapters.pretrained import load_plm, load_tokenizer
+from plora_ray.adapters.pretrained import hidden_size, load_plm, load_tokenizer
 from plora_ray.inference import InferenceEngine
 
 ROWS, TOKENS = 32, 64
@@ -20,15 +21,15 @@ PEFT_RANK = 8
 
 @torch.inference_mode()
 def engine_vs_plain_encoder(
-    kind: Kind, *, rounds: int, rows: int = ROWS, device: str = "cpu", dtype: torch.dtype = torch.float32
+    kind: Kind, *, rounds: int, model: str = MODEL, rows: int = ROWS, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Figure:
     """A batch of so many different users through the serving form against the plain encoder with the same head and pooling."""
-    model = PersonalizedModel.from_pretrained(spec_of(kind), dtype=dtype)
-    for parameter in model.shared_parameters().values():
+    personal = PersonalizedModel.from_pretrained(replace(spec_of(kind), model=model), dtype=dtype)
+    for parameter in personal.shared_parameters().values():
         torch.nn.init.normal_(parameter, std=0.02)
-    users = (model.population_vector().cpu() + torch.randn(rows, model.user_width) * 0.02).to(device)
-    folded = model.fold().to(device)
-    plain, head = load_plm(MODEL, dtype=dtype).to(device), torch.nn.Linear(384, 2, dtype=dtype, device=device)
+    users = (personal.population_vector().cpu() + torch.randn(rows, personal.user_width) * 0.02).to(device)
+    folded, plain = personal.fold().to(device), load_plm(model, dtype=dtype).to(device)
+    head = torch.nn.Linear(hidden_size(plain), 2, dtype=dtype, device=device)
     ids = torch.randint(1000, 20_000, (rows, TOKENS), device=device)
     mask = torch.ones_like(ids)
 

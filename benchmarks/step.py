@@ -48,8 +48,8 @@ def one_rank() -> Iterator[None]:
 class PersonalStep:
     """The population stage's step."""
 
-    def __init__(self) -> None:
-        spec = AdapterSpec(model=MODEL, task="classification", outputs=OUTPUTS, rank=RANK)
+    def __init__(self, model_name: str = MODEL) -> None:
+        spec = AdapterSpec(model=model_name, task="classification", outputs=OUTPUTS, rank=RANK)
         model = PersonalizedModel.from_pretrained(spec)
         objective = PopulationObjective(model, user_dropout=0.1, mutual_information=MutualInformation())
         self._trainer = ShardedTrainer(
@@ -73,7 +73,7 @@ class PersonalStep:
         return loss
 
 
-def step_tokens_vs_peft_lora(rounds: int, rows: int = ROWS) -> Figure:
+def step_tokens_vs_peft_lora(rounds: int, rows: int = ROWS, model: str = MODEL) -> Figure:
     """Tokens per second of ours over PEFT's, on the GPU if there is one; both see the same batches of so many different users.
 
     Within `one_rank`.
@@ -85,8 +85,8 @@ def step_tokens_vs_peft_lora(rounds: int, rows: int = ROWS) -> Figure:
         users = torch.randint(0, USERS, (rows,), generator=generator)
         return ids, torch.ones_like(ids), users, torch.randint(0, OUTPUTS, (rows,), generator=generator).to(ours.device)
 
-    ours = PersonalStep()
-    theirs = PeftLora(MODEL, outputs=OUTPUTS, rank=RANK, alpha=2.0 * RANK, device=str(ours.device))
+    ours = PersonalStep(model)
+    theirs = PeftLora(model, outputs=OUTPUTS, rank=RANK, alpha=2.0 * RANK, device=str(ours.device))
     batches = [batch() for _ in range(2)]
     return speed_ratio(
         "step_tokens_vs_peft_lora" + ("" if rows == ROWS else f"_{rows}_rows"),

@@ -107,11 +107,11 @@ class ShardedTrainer:
         require_offload(options.offload)
         self.sharded = options.sharding == "zero3"
         self.trained = trained
-        self._learning_rate = learning_rate
+        self._learning_rate, self._clipping = learning_rate, gradient_clipping
         config = {
             **options.profile,
             "train_micro_batch_size_per_gpu": batch_rows,
-            "gradient_clipping": gradient_clipping,
+            "gradient_clipping": gradient_clipping if self.sharded else 0.0,
             "zero_optimization": options.zero_optimization(),
             "zero_allow_untested_optimizer": True,
             "optimizer": {"type": "AdamW", "params": {"lr": learning_rate, "weight_decay": weight_decay, "torch_adam": True}},
@@ -128,6 +128,8 @@ class ShardedTrainer:
             group["lr"] = self._learning_rate * learning_rate_factor
         loss = forward(self.engine)
         self.engine.backward(loss)
+        if not self.sharded and self._clipping:  # the gradients are reduced by now; the engine would take each norm by itself
+            nn.utils.clip_grad_norm_(self.trained.values(), self._clipping)
         self.engine.step()
         return loss.detach()
 
