@@ -6,6 +6,7 @@ and step count, so a user's updates depend on that user's own gradients alone. N
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +37,7 @@ class UserTable:
 
     def step(self, users: Tensor, gradient: Tensor) -> None:
         """One Adam step (Kingma & Ba 2015) of the rows that `users` [batch] names. gradient: [batch, d] of the gathered leaf."""
-        rows, inverse = torch.unique(users, return_inverse=True)
-        summed = torch.zeros(len(rows), self.vectors.shape[1]).index_add_(0, inverse, gradient.detach().float().cpu())
+        rows, summed = _summed_by_user(users, gradient.detach().float().cpu())
         beta1, beta2 = BETAS
         self.steps[rows] += 1
         steps = self.steps[rows].unsqueeze(1).float()
@@ -56,3 +56,13 @@ class UserTable:
         """Put a saved slice of rows back at row `start`."""
         for name, values in self.state().items():
             values[start : start + len(state[name])] = state[name]
+
+
+def _summed_by_user(users: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The different users [k], ascending, and the sum [k, d] of each one's rows of `gradient` [batch, d].
+
+    By NumPy, in this thread: torch's sum by index wakes all of its threads, which was a fifth of a step's time beside a GPU.
+    """
+    order = np.argsort(users.numpy(), kind="stable")
+    rows, starts = np.unique(users.numpy()[order], return_index=True)
+    return torch.from_numpy(rows), torch.from_numpy(np.add.reduceat(gradient.numpy()[order], starts, axis=0))
