@@ -38,14 +38,15 @@ START_USERS = 64.0  # how many users the start weighs as much as, when it is ref
 MOST_STEPS = 10
 ENOUGH_EVIDENCE = 1e-3  # a user, in nats: steps that gain less aren't worth their time
 CALIBRATION_ROWS = 2048  # rows a rank looks at
+JUDGES_ROWS = 8192  # and to tell what lasts: one number's error of 0.1 is worth more here than a covariance's
 
 
 def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
     """The prior that all ranks agree on. All ranks must call; validation rows are welcome and not needed."""
     prior = prior_as_trained(table, rows)
-    users, dim = _calibration_users(rows), len(prior.mean)
-    fitted = rows.to_fit(users)
-    chosen = np.union1d(fitted, rows.of_split("validation", users))
+    users, judges, dim = _calibration_users(rows), _judges(rows), len(prior.mean)
+    fitted, learnt = rows.to_fit(users), rows.of_split("train", judges)
+    chosen = np.union1d(np.union1d(fitted, learnt), rows.of_split("validation", judges))
     linear, texts = passes.linearise(chosen, prior.mean)
     blocks = newton_blocks(users, fitted, rows, dim, passes.outputs)
 
@@ -68,8 +69,9 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
         if after.log_evidence - before.log_evidence < ENOUGH_EVIDENCE * after.users:
             break
         prior, before = refined, after
-    learnt = newton_blocks(users, rows.of_split("train", users), rows, dim, passes.outputs)
-    losses = sum((unseen_losses(prior, mine, own) for mine, own in learnt), torch.zeros(len(SHARES), dtype=torch.float64))
+    losses = torch.zeros(len(SHARES), dtype=torch.float64)
+    for mine, own in newton_blocks(judges, learnt, rows, dim, passes.outputs):
+        losses += unseen_losses(prior, mine, own)
     dist.all_reduce(losses)
     return replace(prior, lasting=likeliest_share(losses))
 
@@ -120,10 +122,21 @@ def prior_as_trained(table: UserTable, rows: RankRows) -> UserPrior:
 
 
 def _calibration_users(rows: RankRows) -> np.ndarray:
-    """The first users with training rows, in key order and so at random, that have CALIBRATION_ROWS rows together."""
-    trained, counts = (np.bincount(rows.row_users[own], minlength=len(rows.keys)) for own in (rows.of_split("train"), rows.to_fit(None)))
-    candidates = np.flatnonzero(trained)
+    """The first users with training rows, in key order and so at random, that have CALIBRATION_ROWS rows to fit together."""
+    counts = _rows_by_user(rows, rows.to_fit(None))
+    candidates = np.flatnonzero(_rows_by_user(rows, rows.of_split("train")))
     return candidates[: int(np.searchsorted(np.cumsum(counts[candidates]), CALIBRATION_ROWS)) + 1]
+
+
+def _judges(rows: RankRows) -> np.ndarray:
+    """The first users with training rows and validation rows, that have JUDGES_ROWS of both together."""
+    trained, held_out = (_rows_by_user(rows, rows.of_split(split)) for split in ("train", "validation"))
+    candidates = np.flatnonzero((trained > 0) & (held_out > 0))
+    return candidates[: int(np.searchsorted(np.cumsum((trained + held_out)[candidates]), JUDGES_ROWS)) + 1]
+
+
+def _rows_by_user(rows: RankRows, own: np.ndarray) -> np.ndarray:
+    return np.bincount(rows.row_users[own], minlength=len(rows.keys))
 
 
 def _summed(parts: Iterable[PosteriorMoments], dim: int) -> PosteriorMoments:

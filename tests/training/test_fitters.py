@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.calibration import SCALES, best_scale, scale_losses
 from plora_ray.adapters.fit import UserPrior, solve_users
 from plora_ray.adapters.labels import LabelSpace
+from plora_ray.adapters.lasting import SHARES
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.data.table import PartitionTable
 from plora_ray.training import fitters
@@ -24,7 +26,7 @@ from plora_ray.training import passes as passes_module
 from plora_ray.training.calibration import calibrate
 from plora_ray.training.fitters import AdamFitter, NewtonFitter, newton_blocks
 from plora_ray.training.passes import FrozenPasses
-from plora_ray.training.prior import estimate_prior
+from plora_ray.training.prior import estimate_prior, prior_as_trained
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
 from tests.adapters.tiny import plm
@@ -193,3 +195,25 @@ def test_the_prior_is_the_same_whether_its_users_are_looked_at_together_or_in_bl
     monkeypatch.setattr(fitters, "NEWTON_BLOCK_BYTES", 4000)
     blocks = estimate_prior(table, passes, rows, "classification")
     assert torch.allclose(blocks.mean, whole.mean, atol=1e-8) and torch.allclose(blocks.precision, whole.precision, rtol=1e-6)
+    assert blocks.lasting == whole.lasting
+
+
+def test_validation_rows_say_how_much_lasts_of_what_training_rows_say_of_users(rows: RankRows, passes: FrozenPasses, alone: None) -> None:
+    table = UserTable(USERS, DIM, learning_rate=0.1)
+    table.vectors.normal_(generator=torch.Generator().manual_seed(2))
+    table.steps[:] = 1
+    found, point = estimate_prior(table, passes, rows, "classification"), prior_as_trained(table, rows).mean
+    surprise = (1 - SHARES) ** 2 / (2 * 0.25**2)
+    for user in range(USERS):
+        own, later = (rows.of_split(split, np.array([user])) for split in ("train", "validation"))
+        if len(own) and len(later):
+            linear, texts = passes.linearise(own, point)
+            alone_user = texts, rows.labels[own], torch.zeros(len(own), dtype=torch.int64)
+            way = solve_users(linear, *alone_user, 1, replace(found, lasting=1.0), "classification").vectors[0].double() - found.mean
+            linear, texts = passes.linearise(later, point)
+            for place, share in enumerate(SHARES.tolist()):
+                moved = linear.jacobian[texts].double() @ (found.mean + share * way - point)
+                logits = linear.logits[texts].double() + torch.nn.functional.pad(moved, (0, 1))
+                surprise[place] += torch.nn.functional.cross_entropy(logits, rows.labels[later], reduction="sum")
+    assert 0 <= found.lasting < 1, "these labels are chance"
+    assert found.lasting == pytest.approx(float(SHARES[int(torch.argmin(surprise))]), abs=0.011)
