@@ -52,14 +52,13 @@ def peft(rounds: int) -> Iterator[Figure]:
 
 def step(rounds: int) -> Iterator[Figure]:
     """A step of the population stage against PEFT's."""
-    with one_rank():
-        for rows in BATCHES[:2]:
-            yield step_tokens_vs_peft_lora(rounds, rows)
+    for rows in BATCHES[:2]:
+        yield step_tokens_vs_peft_lora(rounds, rows)
 
 
 def large(rounds: int) -> Iterator[Figure]:
     """Both, with 24 blocks of width 1024."""
-    with tempfile.TemporaryDirectory(prefix="plora-gpu-") as folder, one_rank():
+    with tempfile.TemporaryDirectory(prefix="plora-gpu-") as folder:
         config = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
         BertModel(config, add_pooling_layer=False).save_pretrained(folder)
         for kind in get_args(Kind):
@@ -81,11 +80,12 @@ def main(
     """Measure and print."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no GPU here")
-    for name in only or FIGURES:
-        if name not in FIGURES:
-            raise typer.BadParameter(f"there is no figure {name}: {', '.join(FIGURES)}")
-        for figure in FIGURES[name](rounds):
-            figure.emit(as_json)
+    if unknown := set(only or ()) - set(FIGURES):
+        raise typer.BadParameter(f"there is no figure {sorted(unknown)[0]}: {', '.join(FIGURES)}")
+    with one_rank():  # DeepSpeed knows one group in the life of a process
+        for name in only or FIGURES:
+            for figure in FIGURES[name](rounds):
+                figure.emit(as_json)
 
 
 if __name__ == "__main__":

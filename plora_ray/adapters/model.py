@@ -150,6 +150,8 @@ class PersonalizedModel(nn.Module):
 
         Raises ModelError unless batch is a multiple of users; the rows of a user are adjacent.
         """
+        if user_vectors is not None and self.spec.kind == "lora":
+            user_vectors = user_vectors.to(next(self.plm.parameters()).dtype)  # once, and not every layer's matrices by themselves
         self.context.enter(user_vectors, len(input_ids))
         if self.user_maps is not None and user_vectors is not None:
             terms = F.linear(user_vectors.to(self.user_maps.dtype), self.user_maps)
