@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -43,25 +43,47 @@ JUDGES_ROWS = 8192  # and to tell what lasts: one number's error of 0.1 is worth
 
 def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
     """The prior that all ranks agree on. All ranks must call; validation rows are welcome and not needed."""
-    prior = prior_as_trained(table, rows)
-    users, judges, dim = _calibration_users(rows), _judges(rows), len(prior.mean)
-    fitted, learnt = rows.to_fit(users), rows.of_split("train", judges)
-    chosen = np.union1d(np.union1d(fitted, learnt), rows.of_split("validation", judges))
-    linear, texts = passes.linearise(chosen, prior.mean)
-    blocks = newton_blocks(users, fitted, rows, dim, passes.outputs)
-
-    def examples(mine: np.ndarray, own: np.ndarray) -> Examples:
-        local = torch.from_numpy(np.searchsorted(mine, rows.row_users[own]))
-        return linear, texts[np.searchsorted(chosen, own)], rows.labels[own], local, len(mine)
+    trained = prior_as_trained(table, rows)
+    users, judges = _calibration_users(rows), _judges(rows)
+    fitted, learnt, later = rows.to_fit(users), rows.of_split("train", judges), rows.of_split("validation", judges)
+    linear = _LinearRows.at(trained.mean, np.union1d(np.union1d(fitted, learnt), later), passes, rows, task)
+    blocks = linear.blocks(users, fitted)
 
     def posterior(under: UserPrior) -> PosteriorMoments:
-        return _summed((posterior_moments(*examples(mine, own), under, task) for mine, own in blocks), dim)
+        return _summed((posterior_moments(*linear.examples(*block), under, task) for block in blocks), len(under.mean))
 
-    def unseen_losses(under: UserPrior, mine: np.ndarray, own: np.ndarray) -> Tensor:
-        modes = solve_users(*examples(mine, own), under, task).vectors
-        return share_losses(*examples(mine, rows.of_split("validation", mine)), under, task, modes)
+    prior = _refined(likeliest_start(trained, passes.leanings, posterior), posterior)
+    return replace(prior, lasting=_lasting(prior, linear, judges, learnt))
 
-    start = likeliest_start(prior, passes.leanings, posterior)
+
+@dataclass(frozen=True)
+class _LinearRows:
+    """Rows `chosen` [n], ascending, of a rank, linearised at one point; texts: [n], each one's row of `linear`."""
+
+    rows: RankRows
+    task: Task
+    chosen: np.ndarray
+    linear: Linearisation
+    texts: Tensor
+    outputs: int
+
+    @classmethod
+    def at(cls, point: Tensor, chosen: np.ndarray, passes: FrozenPasses, rows: RankRows, task: Task) -> _LinearRows:
+        """All ranks must call."""
+        return cls(rows, task, chosen, *passes.linearise(chosen, point), passes.outputs)
+
+    def blocks(self, users: np.ndarray, own: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`newton_blocks` of users and their `own` rows."""
+        return newton_blocks(users, own, self.rows, len(self.linear.point), self.outputs)
+
+    def examples(self, users: np.ndarray, own: np.ndarray) -> Examples:
+        """`own` rows of `users` for a solver."""
+        local = torch.from_numpy(np.searchsorted(users, self.rows.row_users[own]))
+        return self.linear, self.texts[np.searchsorted(self.chosen, own)], self.rows.labels[own], local, len(users)
+
+
+def _refined(start: UserPrior, posterior: Callable[[UserPrior], PosteriorMoments]) -> UserPrior:
+    """Expectation maximisation from `start`, as long as it is worth its time."""
     prior, before = start, posterior(start)
     for _ in range(MOST_STEPS):
         refined = before.prior(prior, start, START_USERS)
@@ -69,11 +91,18 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
         if after.log_evidence - before.log_evidence < ENOUGH_EVIDENCE * after.users:
             break
         prior, before = refined, after
+    return prior
+
+
+def _lasting(prior: UserPrior, linear: _LinearRows, judges: np.ndarray, learnt: np.ndarray) -> float:
+    """What lasts of what the rows `learnt` say of users `judges`, by the validation rows of all ranks' judges."""
     losses = torch.zeros(len(SHARES), dtype=torch.float64)
-    for mine, own in newton_blocks(judges, learnt, rows, dim, passes.outputs):
-        losses += unseen_losses(prior, mine, own)
+    for users, own in linear.blocks(judges, learnt):
+        modes = solve_users(*linear.examples(users, own), prior, linear.task).vectors
+        later = linear.rows.of_split("validation", users)
+        losses += share_losses(*linear.examples(users, later), prior, linear.task, modes)
     dist.all_reduce(losses)
-    return replace(prior, lasting=likeliest_share(losses))
+    return likeliest_share(losses)
 
 
 def likeliest_start(trained: UserPrior, leanings: int, posterior: Callable[[UserPrior], PosteriorMoments]) -> UserPrior:
