@@ -36,8 +36,8 @@ LEAST_NOISE = 1e-4  # of a standardised regression label: below it one row would
 class UserPrior:
     """Gaussian prior of user vectors. mean: [d]; precision: [d, d], the inverse covariance; both float64.
 
-    noise_variance: variance of a regression label around its prediction; unused for classification. lasting: share, 0 to 1, of a fitted
-    user's way from the mean that a fit keeps (`lasting.py`).
+    noise_variance: variance of a regression label around its prediction; unused for classification. lasting: share, at most 1,
+    of a fitted user's way from the mean that a fit keeps (`lasting.py`).
     """
 
     mean: Tensor

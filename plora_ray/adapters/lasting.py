@@ -3,8 +3,9 @@
     p = mu + share (mode - mu)
 
 A posterior mode is drawn to the prior's mean mu as far as its own rows leave it open. They can't tell that people change: where rows are
-split by time, habits have moved on before the rows that are to be answered. How steeply outcomes follow predictions says how far
-these go too far (Cox 1958; van Houwelingen and le Cessie 1990, who shrink by it). Rows split by chance leave the share near 1.
+split by time, habits have moved on before the rows that are to be answered. And a mode answers as if it were certain, which goes too far
+where rows are few. How steeply outcomes follow predictions says by how much (Cox 1958; van Houwelingen and le Cessie 1990, who shrink
+by it).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from plora_ray.adapters.fit import Linearisation, UserPrior
 from plora_ray.adapters.model import Task
 from plora_ray.adapters.problem import FitProblem
 
-SHARES = torch.linspace(0, 1, 101, dtype=torch.float64)  # none is above 1: what the prior holds back isn't given on trust
+SHARES = torch.linspace(0.01, 1, 100, dtype=torch.float64)  # none is above 1: what the prior holds back isn't given on trust
 SPREAD = 0.25  # standard deviation of the share around 1 before any row is seen: a handful of rows moves it little
 
 

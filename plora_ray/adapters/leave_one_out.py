@@ -33,16 +33,17 @@ def harmed(problem: FitProblem, modes: Tensor, factor: Tensor, other: Tensor) ->
 
 
 def left_out_gains(problem: FitProblem, modes: Tensor, factor: Tensor, other: Tensor) -> Tensor:
-    """[users], nats: sum over a user's rows of the loss under `other` less the loss under the mode without the row.
+    """[users], nats: sum over a user's rows of the loss under `other` less the loss under what is kept of the mode without the row.
 
     modes: [users, d]; factor: [users, d, d] Cholesky factors of the Hessians there; other: [d] or [users, d]; all float64.
     """
     total = torch.zeros(problem.count, dtype=torch.float64)
-    covariance, others = torch.cholesky_inverse(factor), other.expand_as(modes)
+    covariance, others, prior = torch.cholesky_inverse(factor), other.expand_as(modes), problem.prior
     for group in problem.groups:
         jacobian, free = problem.at(modes, group)
         labels = problem.labels[group.rows]
         without = free + _moved(problem, free, jacobian, covariance[group.users], labels)
+        without = torch.lerp(problem.at(prior.mean.expand_as(modes), group)[1], without, prior.lasting)  # as far as the fit is kept
         gains = problem.losses(problem.at(others, group)[1], labels) - problem.losses(without, labels)
         total.index_add_(0, group.users, (gains * group.weights).sum(1))
     return total

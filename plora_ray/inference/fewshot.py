@@ -82,13 +82,16 @@ class FewShotFitter:
         ]
 
     def _newton(self, users: Sequence[Examples], passes: ExamplePasses, labels: Tensor, owners: Tensor, had: Tensor) -> Tensor:
-        """Posterior modes [users, d] under the generation's prior, centred at each user's start; `had`, whom the guard leaves at that."""
+        """Posterior modes [users, d] under the generation's prior, centred at each user's start; `had`, whom the guard leaves at that.
+
+        A start is kept as far as it lasts already, and what newer examples add to it counts in full.
+        """
         prior, task = self._loaded.prior, self._loaded.labels.task
         assert prior is not None
         fitted = torch.empty(len(users), len(prior.mean))
         for group in _groups(users):
             start = users[group[0]].start
-            centred = prior if start is None else replace(prior, mean=torch.tensor(start).double())
+            centred = prior if start is None else replace(prior, mean=torch.tensor(start).double(), lasting=1.0)
             rows = torch.from_numpy(np.flatnonzero(np.isin(owners.numpy(), group)))
             linear = passes.linearise(rows.numpy(), centred.mean)
             local = owners[rows] - group[0]

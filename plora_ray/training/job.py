@@ -16,6 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from plora_ray.adapters.fit import UserPrior
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.config import Settings, parse_settings
 from plora_ray.errors import ConfigError, PloraError
@@ -90,11 +91,22 @@ def train(settings: Settings, *, dry_run: bool = False) -> Published | DryRun:
             totals = add_up(assignment, run, prepared.stats, segments, store.tombstones().keys())
             seconds = time.monotonic() - began
             report = TrainingReport(
-                assignment, prepared.plan, prepared.stats, totals, history, seconds, run.load_calibration(), run.load_prior()
+                assignment, prepared.plan, prepared.stats, totals, history, seconds, run.load_calibration(), _lasting(prepared)
             )
             published = publish(prepared, report, segments, line, seconds=time.monotonic() - began)
             telemetry.finish(report.values, report.files)
             return published
+
+
+def _lasting(prepared: Prepared) -> float | None:
+    """`UserPrior.lasting` of the prior that users were fitted under, the run's own or the base's; None for solvers that keep all."""
+    settings = prepared.assignment.settings
+    if settings.user_fit().solver != "newton":
+        return None
+    prior = prepared.run.load_prior()
+    if prior is None and prepared.base is not None:
+        prior = UserPrior.from_tensors(prepared.base.reader.shared().tensors)
+    return None if prior is None else prior.lasting
 
 
 def _fit(prepared: Prepared, line: ProgressLine, telemetry: Telemetry, history: History) -> None:

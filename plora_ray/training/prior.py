@@ -21,7 +21,7 @@ from torch import Tensor
 from plora_ray.adapters.fit import Linearisation, PosteriorMoments, UserPrior, posterior_moments, prior_from_moments, solve_users
 from plora_ray.adapters.lasting import SHARES, likeliest_share, share_losses
 from plora_ray.adapters.model import Task
-from plora_ray.training.fitters import newton_blocks
+from plora_ray.training.fitters import NO_ROWS, newton_blocks
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
@@ -39,21 +39,21 @@ MOST_STEPS = 10
 ENOUGH_EVIDENCE = 1e-3  # a user, in nats: steps that gain less aren't worth their time
 CALIBRATION_ROWS = 2048  # rows a rank looks at
 JUDGES_ROWS = 8192  # and to tell what lasts: one number's error of 0.1 is worth more here than a covariance's
+JUDGED_ROWS = 64  # validation rows of one user that tell it, so that nobody decides alone
 
 
 def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
     """The prior that all ranks agree on. All ranks must call; validation rows are welcome and not needed."""
-    trained = prior_as_trained(table, rows)
-    users, judges = _calibration_users(rows), _judges(rows)
-    fitted, learnt, later = rows.to_fit(users), rows.of_split("train", judges), rows.of_split("validation", judges)
-    linear = _LinearRows.at(trained.mean, np.union1d(np.union1d(fitted, learnt), later), passes, rows, task)
-    blocks = linear.blocks(users, fitted)
+    trained, users = prior_as_trained(table, rows), _calibration_users(rows)
+    fitted, dim = rows.to_fit(users), len(trained.mean)
+    linear = _LinearRows.at(trained.mean, fitted, passes, rows)
+    blocks = newton_blocks(users, fitted, rows, dim, passes.outputs)
 
     def posterior(under: UserPrior) -> PosteriorMoments:
-        return _summed((posterior_moments(*linear.examples(*block), under, task) for block in blocks), len(under.mean))
+        return _summed((posterior_moments(*linear.examples(*block), under, task) for block in blocks), dim)
 
     prior = _refined(likeliest_start(trained, passes.leanings, posterior), posterior)
-    return replace(prior, lasting=_lasting(prior, linear, judges, learnt))
+    return replace(prior, lasting=_lasting(prior, passes, rows, task))
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,14 @@ class _LinearRows:
     """Rows `chosen` [n], ascending, of a rank, linearised at one point; texts: [n], each one's row of `linear`."""
 
     rows: RankRows
-    task: Task
     chosen: np.ndarray
     linear: Linearisation
     texts: Tensor
-    outputs: int
 
     @classmethod
-    def at(cls, point: Tensor, chosen: np.ndarray, passes: FrozenPasses, rows: RankRows, task: Task) -> _LinearRows:
-        """All ranks must call."""
-        return cls(rows, task, chosen, *passes.linearise(chosen, point), passes.outputs)
-
-    def blocks(self, users: np.ndarray, own: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`newton_blocks` of users and their `own` rows."""
-        return newton_blocks(users, own, self.rows, len(self.linear.point), self.outputs)
+    def at(cls, point: Tensor, chosen: np.ndarray, passes: FrozenPasses, rows: RankRows) -> _LinearRows:
+        """Where the model is sharded, all ranks must call."""
+        return cls(rows, chosen, *passes.linearise(chosen, point))
 
     def examples(self, users: np.ndarray, own: np.ndarray) -> Examples:
         """`own` rows of `users` for a solver."""
@@ -94,13 +88,17 @@ def _refined(start: UserPrior, posterior: Callable[[UserPrior], PosteriorMoments
     return prior
 
 
-def _lasting(prior: UserPrior, linear: _LinearRows, judges: np.ndarray, learnt: np.ndarray) -> float:
-    """What lasts of what the rows `learnt` say of users `judges`, by the validation rows of all ranks' judges."""
-    losses = torch.zeros(len(SHARES), dtype=torch.float64)
-    for users, own in linear.blocks(judges, learnt):
-        modes = solve_users(*linear.examples(users, own), prior, linear.task).vectors
-        later = linear.rows.of_split("validation", users)
-        losses += share_losses(*linear.examples(users, later), prior, linear.task, modes)
+def _lasting(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task: Task) -> float:
+    """What lasts of what training rows say of users, by validation rows of all ranks; in blocks of users of bounded memory."""
+    judges, losses = _judges(rows), torch.zeros(len(SHARES), dtype=torch.float64)
+    learnt = rows.of_split("train", judges)
+    for block in passes.in_step(newton_blocks(judges, learnt, rows, len(prior.mean), passes.outputs)):
+        users, own = block or (NO_ROWS, NO_ROWS)
+        later = _first_of_each_user(rows, rows.of_split("validation", users), JUDGED_ROWS)
+        linear = _LinearRows.at(prior.mean, np.union1d(own, later), passes, rows)
+        if block is not None:
+            modes = solve_users(*linear.examples(users, own), prior, task).vectors
+            losses += share_losses(*linear.examples(users, later), prior, task, modes)
     dist.all_reduce(losses)
     return likeliest_share(losses)
 
@@ -162,6 +160,12 @@ def _judges(rows: RankRows) -> np.ndarray:
     trained, held_out = (_rows_by_user(rows, rows.of_split(split)) for split in ("train", "validation"))
     candidates = np.flatnonzero((trained > 0) & (held_out > 0))
     return candidates[: int(np.searchsorted(np.cumsum((trained + held_out)[candidates]), JUDGES_ROWS)) + 1]
+
+
+def _first_of_each_user(rows: RankRows, own: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` of each user's rows among `own`, which lie by user."""
+    users = rows.row_users[own]
+    return own[np.arange(len(own)) - np.searchsorted(users, users) < count]
 
 
 def _rows_by_user(rows: RankRows, own: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ from html import escape
 from typing import Any
 
 from plora_ray.adapters.calibration import Calibration
-from plora_ray.adapters.fit import UserPrior
 from plora_ray.data.stats import PartitionStats
 from plora_ray.data.synthetic import Ceilings, SyntheticParams, ceilings
 from plora_ray.errors import StoreError
@@ -51,7 +50,8 @@ def add_up(
 class TrainingReport:
     """What was trained and, if there are test rows, how well it predicts them with and without the user. seconds: of the last start.
 
-    calibration: of the run's logits; None where they stand as trained. prior: of its users; None where it found none.
+    calibration: of the run's logits; None where they stand as trained. lasting: `UserPrior.lasting` of the
+        fits; None where all is kept.
     """
 
     assignment: Assignment
@@ -61,7 +61,7 @@ class TrainingReport:
     history: History
     seconds: float
     calibration: Calibration | None = None
-    prior: UserPrior | None = None
+    lasting: float | None = None
 
     @cached_property
     def files(self) -> dict[str, bytes]:
@@ -100,7 +100,7 @@ class TrainingReport:
             "labels": self.assignment.labels.to_json(),
             "settings": self.assignment.settings.published(),
             "calibration": None if self.calibration is None else {"logit_scale": self.calibration.scale},
-            "lasting": None if self.prior is None else self.prior.lasting,
+            "lasting": self.lasting,
             "training": {"seconds": self.history.seconds, "restarts": self.history.restarts, **self.history.to_json()},
         }
         if self.comparison is not None:
@@ -168,7 +168,7 @@ class TrainingReport:
             ("rows", ", ".join(f"{count:,} {split}" for split, count in rows.items())),
             ("bad rows skipped", ", ".join(f"{count:,} {why}" for why, count in self.stats.skipped.items()) or "none"),
             *([("scale of the logits", f"{self.calibration.scale:.2f}")] if self.calibration is not None else []),
-            *([("of what is found of a user, lasts", f"{100 * self.prior.lasting:.0f} %")] if self.prior is not None else []),
+            *([("kept of what is found of a user", f"{100 * self.lasting:.0f} %")] if self.lasting is not None else []),
             ("waves", f"{len(self.assignment.waves):,}"),
             ("seconds of training, all starts", f"{self.history.seconds:,.1f}"),
             ("restarts of the workers", f"{self.history.restarts}"),

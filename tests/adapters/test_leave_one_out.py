@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -41,16 +43,17 @@ def refitted(
     return np.array(gains)
 
 
+@pytest.mark.parametrize("lasting", [1.0, 0.6])
 @pytest.mark.parametrize(("task", "classes"), [("regression", 1), ("classification", 2), ("classification", 4)])
-def test_what_rows_gain_left_out_is_what_fits_without_them_gain(task: Task, classes: int) -> None:
+def test_what_rows_gain_left_out_is_what_fits_without_them_gain(task: Task, classes: int, lasting: float) -> None:
     tolerance = 1e-5 if task == "regression" else 0.03
     linear, texts, labels, users = random_problem(classes, 4, 60, max(classes, 2))
     if task == "regression":
         linear = Linearisation(linear.point, linear.logits[:, :1], linear.jacobian[:, :1])
         labels = torch.randn(60, generator=torch.Generator().manual_seed(1))
-    chosen = UserPrior(prior().mean, 4 * prior().precision, 0.7)
+    chosen = UserPrior(prior().mean, 4 * prior().precision, 0.7, lasting)
     problem = FitProblem(linear, texts, labels, users, 4, chosen, task)
-    modes = solve_users(linear, texts, labels, users, 4, chosen, task).vectors.double()
+    modes = solve_users(linear, texts, labels, users, 4, replace(chosen, lasting=1.0), task).vectors.double()
     found = left_out_gains(problem, modes, torch.linalg.cholesky(problem.derivatives(modes)[1]), OTHER)
     gains = refitted(linear, texts, labels, users, chosen, task)
     for user in range(4):

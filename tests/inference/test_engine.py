@@ -139,6 +139,16 @@ def test_new_examples_move_a_known_user_on_from_the_trained_vector(engine: Infer
     assert 0 < np.linalg.norm(moved.vector - start) < np.linalg.norm(moved.vector)
 
 
+def test_of_a_new_users_examples_as_much_is_kept_as_lasts_and_all_that_newer_ones_add_to_a_known_user(engine: InferenceEngine) -> None:
+    start = np.full(DIM, 0.7, np.float32)
+    asked = [Examples(TEXTS, ["yes", "no", "yes", "perhaps"]), Examples(TEXTS[:2], ["yes", "no"], start=start)]
+    assert engine.loaded.prior is not None
+    fading = replace(engine.loaded, prior=replace(engine.loaded.prior, lasting=0.5))
+    whole, kept = FewShotFitter(engine.loaded).fit_many(asked), FewShotFitter(fading).fit_many(asked)
+    assert np.allclose(kept[0].vector, 0.5 * whole[0].vector, atol=1e-6), "the prior's mean is zero"
+    assert np.array_equal(kept[1].vector, whole[1].vector)
+
+
 def test_a_guarded_few_shot_fit_leaves_whom_it_would_harm_at_what_he_had(engine: InferenceEngine) -> None:
     """Labels drawn as the population expects them: there is nothing to learn of such a user but chance."""
     generator, texts = np.random.default_rng(1), [f"{text} {number}" for number in range(6) for text in TEXTS]
