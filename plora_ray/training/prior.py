@@ -38,7 +38,7 @@ START_USERS = 64.0  # how many users the start weighs as much as, when it is ref
 MOST_STEPS = 10
 ENOUGH_EVIDENCE = 1e-3  # a user, in nats: steps that gain less aren't worth their time
 CALIBRATION_ROWS = 2048  # rows a rank looks at
-JUDGES_ROWS = 8192  # and to tell what lasts: one number's error of 0.1 is worth more here than a covariance's
+JUDGES_ROWS = 8192  # all ranks together look at to tell what lasts: an error of 0.1 in that one number is worth more than in a covariance
 JUDGED_ROWS = 64  # validation rows of one user that tell it, so that nobody decides alone
 
 
@@ -156,10 +156,11 @@ def _calibration_users(rows: RankRows) -> np.ndarray:
 
 
 def _judges(rows: RankRows) -> np.ndarray:
-    """The first users with training rows and validation rows, that have JUDGES_ROWS of both together."""
+    """The first users with training rows and validation rows, that have this rank's share of JUDGES_ROWS of both together."""
     trained, held_out = (_rows_by_user(rows, rows.of_split(split)) for split in ("train", "validation"))
     candidates = np.flatnonzero((trained > 0) & (held_out > 0))
-    return candidates[: int(np.searchsorted(np.cumsum((trained + held_out)[candidates]), JUDGES_ROWS)) + 1]
+    share = JUDGES_ROWS // dist.get_world_size()
+    return candidates[: int(np.searchsorted(np.cumsum((trained + held_out)[candidates]), share)) + 1]
 
 
 def _first_of_each_user(rows: RankRows, own: np.ndarray, count: int) -> np.ndarray:
