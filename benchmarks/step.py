@@ -7,8 +7,6 @@ Ours is the job's own path: DeepSpeed engine (one rank, replicated), population 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.figures import Figure, speed_ratio
 from benchmarks.peft_lora import PeftLora
+from benchmarks.population import join_alone
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.adapters.objective import MutualInformation, PopulationObjective
 from plora_ray.training.engine import EngineOptions, ShardedTrainer
@@ -35,14 +34,11 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # input_ids, attention_mask [rows
 @contextmanager
 def one_rank() -> Iterator[None]:
     """A process group of this process alone."""
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
-    with tempfile.TemporaryDirectory() as folder:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.FileStore(f"{folder}/rendezvous", 1), rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+    join_alone()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 class PersonalStep:
