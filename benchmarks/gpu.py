@@ -18,15 +18,13 @@ import typer
 from transformers import BertConfig, BertModel
 
 from benchmarks.figures import Figure
-from benchmarks.made_generation import name_of, publish, texts_of
+from benchmarks.made_generation import texts_of
 from benchmarks.serve_forward import engine_vs_peft_adapter_names, engine_vs_plain_encoder
 from benchmarks.step import one_rank, step_tokens_vs_peft_lora
 from plora_ray.adapters.inject import Kind
-from plora_ray.inference import InferenceEngine, load_generation
-from plora_ray.store import AdapterStore
 
 BATCHES = (32, 256, 1024)
-PEFT_USERS, PEFT_ROWS = 32, 1024
+PEFT_TEXTS = 1024
 
 
 def forward(rounds: int) -> Iterator[Figure]:
@@ -38,16 +36,9 @@ def forward(rounds: int) -> Iterator[Figure]:
 
 def peft(rounds: int) -> Iterator[Figure]:
     """The engine, tokeniser included, against PEFT's mixed batches."""
-    texts = texts_of(None, PEFT_ROWS)
-    rows = [(name_of(place % PEFT_USERS), text) for place, text in enumerate(texts)]
+    texts = texts_of(None, PEFT_TEXTS)
     for kind in get_args(Kind):
-        with tempfile.TemporaryDirectory(prefix="plora-gpu-") as folder:
-            store = AdapterStore(folder)
-            publish(store, PEFT_USERS, kind)
-            engine = InferenceEngine(load_generation(store, dtype=torch.bfloat16, device="cuda"), batch_rows=32, resident="on")
-            name = "engine_vs_peft_adapter_names" + ("_lora_kind" if kind == "lora" else "")
-            yield engine_vs_peft_adapter_names(name, engine, rows, rounds=max(3, rounds // 10))
-            engine.close()
+        yield engine_vs_peft_adapter_names(kind, texts, rounds=max(3, rounds // 10), device="cuda", dtype=torch.bfloat16)
 
 
 def step(rounds: int) -> Iterator[Figure]:

@@ -7,7 +7,6 @@ Without --data texts are made up, with as many words as short posts have.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
@@ -15,15 +14,11 @@ from typing import Annotated
 import typer
 
 from benchmarks.figures import Figure
-from benchmarks.made_generation import name_of, publish, texts_of
+from benchmarks.made_generation import texts_of
 from benchmarks.serve_forward import engine_vs_peft_adapter_names, engine_vs_plain_encoder
 from benchmarks.serve_http import http_vs_engine, http_vs_multiplexed_peft
 from benchmarks.serve_users import adaptation, resident_users, working_set_four_times_the_cache, zipf_100k_vs_5
-from plora_ray.adapters.inject import Kind
-from plora_ray.inference import InferenceEngine, load_generation
-from plora_ray.store import AdapterStore
 
-PEFT_USERS = 32
 PEFT_ROWS = 256
 
 
@@ -39,8 +34,8 @@ def main(
     figures: dict[str, Callable[[], Iterable[Figure]]] = {
         "engine_vs_plain_encoder": lambda: [engine_vs_plain_encoder("plora", rounds=many)],
         "engine_vs_plain_encoder_lora_kind": lambda: [engine_vs_plain_encoder("lora", rounds=many)],
-        "engine_vs_peft_adapter_names": lambda: [_against_peft("plora", texts, some)],
-        "engine_vs_peft_adapter_names_lora_kind": lambda: [_against_peft("lora", texts, some)],
+        "engine_vs_peft_adapter_names": lambda: [engine_vs_peft_adapter_names("plora", texts[:PEFT_ROWS], rounds=some)],
+        "engine_vs_peft_adapter_names_lora_kind": lambda: [engine_vs_peft_adapter_names("lora", texts[:PEFT_ROWS], rounds=some)],
         "zipf_100k_vs_5": lambda: [zipf_100k_vs_5(texts, users=100_000, asked=200 if quick else 1000, rounds=some)],
         "working_set_4x_cache": lambda: working_set_four_times_the_cache(texts, users=400, asked=200 if quick else 1000, rounds=some),
         "resident_users": lambda: resident_users(100_000 if quick else 1_000_000),
@@ -53,18 +48,6 @@ def main(
             raise typer.BadParameter(f"there is no figure {name}: {', '.join(figures)}")
         for figure in figures[name]():
             figure.emit(as_json)
-
-
-def _against_peft(kind: Kind, texts: list[str], rounds: int) -> Figure:
-    with tempfile.TemporaryDirectory(prefix="plora-serve-") as folder:
-        store = AdapterStore(folder)
-        publish(store, PEFT_USERS, kind)
-        engine = InferenceEngine(load_generation(store), batch_rows=32, resident="on")
-        rows = [(name_of(place % PEFT_USERS), texts[place]) for place in range(PEFT_ROWS)]
-        name = "engine_vs_peft_adapter_names" + ("_lora_kind" if kind == "lora" else "")
-        figure = engine_vs_peft_adapter_names(name, engine, rows, rounds=rounds)
-        engine.close()
-    return figure
 
 
 if __name__ == "__main__":

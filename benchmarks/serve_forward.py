@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from typing import Any
 
@@ -9,14 +10,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.figures import Figure, speed_ratio
-from benchmarks.made_generation import MAX_LENGTH, MODEL, spec_of
+from benchmarks.made_generation import MAX_LENGTH, MODEL, name_of, publish, spec_of
 from plora_ray.adapters.inject import Kind
 from plora_ray.adapters.model import PersonalizedModel, pool
 from plora_ray.adapters.pretrained import hidden_size, load_plm, load_tokenizer
-from plora_ray.inference import InferenceEngine
+from plora_ray.inference import InferenceEngine, load_generation
+from plora_ray.store import AdapterStore
 
 ROWS, TOKENS = 32, 64
-PEFT_RANK = 8
+PEFT_RANK, PEFT_USERS = 8, 32
 
 
 @torch.inference_mode()
@@ -45,7 +47,7 @@ def engine_vs_plain_encoder(
 class PeftMixed:
     """One LoRA a user in one PEFT model, batches in the order of arrival, each row's adapter named: as PEFT documents it."""
 
-    def __init__(self, users: list[str], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, users: list[str], device: str, dtype: torch.dtype) -> None:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=PEFT_RANK, lora_alpha=2 * PEFT_RANK, target_modules=["query", "value"], init_lora_weights=False)
@@ -69,8 +71,17 @@ class PeftMixed:
         return found
 
 
-def engine_vs_peft_adapter_names(name: str, engine: InferenceEngine, rows: list[tuple[str, str]], *, rounds: int) -> Figure:
-    """Rows of different users with real lengths, tokenised by both sides: seconds of PEFT's `adapter_names` / the engine's."""
-    loaded = engine.loaded
-    peft = PeftMixed(list(dict.fromkeys(user for user, _ in rows)), loaded.device, next(loaded.model.plm.parameters()).dtype)
-    return speed_ratio(name, lambda: engine.predict(rows), lambda: peft.predict(rows), rounds=rounds, goal=3.0)
+def engine_vs_peft_adapter_names(
+    kind: Kind, texts: list[str], *, rounds: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Figure:
+    """Texts of PEFT_USERS users in turn, tokenised by both sides: seconds of PEFT's `adapter_names` / the engine's."""
+    rows = [(name_of(place % PEFT_USERS), text) for place, text in enumerate(texts)]
+    with tempfile.TemporaryDirectory(prefix="plora-serve-") as folder:
+        store = AdapterStore(folder)
+        publish(store, PEFT_USERS, kind)
+        engine = InferenceEngine(load_generation(store, dtype=dtype, device=device), batch_rows=ROWS, resident="on")
+        peft = PeftMixed(list(dict.fromkeys(user for user, _ in rows)), device, dtype)
+        name = "engine_vs_peft_adapter_names" + ("_lora_kind" if kind == "lora" else "")
+        figure = speed_ratio(name, lambda: engine.predict(rows), lambda: peft.predict(rows), rounds=rounds, goal=3.0)
+        engine.close()
+    return figure

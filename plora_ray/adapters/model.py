@@ -153,10 +153,10 @@ class PersonalizedModel(nn.Module):
         if user_vectors is not None and self.spec.kind == "lora":
             user_vectors = user_vectors.to(next(self.plm.parameters()).dtype)  # once, and not every layer's matrices by themselves
         self.context.enter(user_vectors, len(input_ids))
-        if self.user_maps is not None and user_vectors is not None:
-            terms = F.linear(user_vectors.to(self.user_maps.dtype), self.user_maps)
-            self.context.terms = dict(zip(self._outs, torch.split(terms, list(self._outs.values()), dim=1), strict=True))
         try:
+            if self.user_maps is not None and user_vectors is not None:
+                terms = F.linear(user_vectors.to(self.user_maps.dtype), self.user_maps)
+                self.context.terms = dict(zip(self._outs, torch.split(terms, list(self._outs.values()), dim=1), strict=True))
             hidden = self.plm(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         finally:
             self.context.leave()

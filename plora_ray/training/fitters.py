@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from plora_ray.adapters.adam import AdamSteps, UserRows, fit_adam
-from plora_ray.adapters.fit import FittedUsers, UserPrior, solve_users
+from plora_ray.adapters.fit import FittedUsers, Linearisation, UserPrior, solve_users
 from plora_ray.adapters.fit_memory import NEWTON_BLOCK_BYTES, newton_row_bytes, newton_user_bytes
 from plora_ray.adapters.model import Task
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 
 NO_ROWS = np.empty(0, np.int64)
+Examples = tuple[Linearisation, Tensor, Tensor, Tensor, int]  # the first arguments of `solve_users`
 
 
 class WaveFitter(Protocol):
@@ -27,6 +28,26 @@ class WaveFitter(Protocol):
 
         Where the model is sharded, all ranks must call, one that has nothing left to do with no users.
         """
+
+
+@dataclass(frozen=True)
+class LinearRows:
+    """Rows `chosen` [n], ascending, of a rank, linearised at one point; texts: [n], each one's row of `linear`."""
+
+    rows: RankRows
+    chosen: np.ndarray
+    linear: Linearisation
+    texts: Tensor
+
+    @classmethod
+    def at(cls, point: Tensor, chosen: np.ndarray, passes: FrozenPasses, rows: RankRows) -> LinearRows:
+        """Where the model is sharded, all ranks must call."""
+        return cls(rows, chosen, *passes.linearise(chosen, point))
+
+    def examples(self, users: np.ndarray, own: np.ndarray) -> Examples:
+        """`own` rows of `users` for a solver."""
+        local = torch.from_numpy(np.searchsorted(users, self.rows.row_users[own]))
+        return self.linear, self.texts[np.searchsorted(self.chosen, own)], self.rows.labels[own], local, len(users)
 
 
 class NewtonFitter:
@@ -43,11 +64,9 @@ class NewtonFitter:
         own, parts = self._rows.to_fit(users), []
         for block in self._passes.in_step(newton_blocks(users, own, self._rows, len(self._prior.mean), self._passes.outputs)):
             mine, rows = block or (NO_ROWS, NO_ROWS)
-            linear, texts = self._passes.linearise(rows, self._prior.mean)
+            linear = LinearRows.at(self._prior.mean, rows, self._passes, self._rows)
             if block is not None:
-                local = torch.from_numpy(np.searchsorted(mine, self._rows.row_users[rows]))
-                labels = self._rows.labels[rows]
-                parts.append(solve_users(linear, texts, labels, local, len(mine), self._prior, self._task, self._fallback))
+                parts.append(solve_users(*linear.examples(mine, rows), self._prior, self._task, self._fallback))
         if not parts:
             nobody = torch.empty(0, dtype=torch.bool)
             return FittedUsers(torch.empty(0, len(self._prior.mean)), nobody, torch.empty(0), nobody)

@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from plora_ray.adapters.fit import Linearisation, PosteriorMoments, UserPrior, posterior_moments, prior_from_moments, solve_users
+from plora_ray.adapters.fit import PosteriorMoments, UserPrior, posterior_moments, prior_from_moments, solve_users
 from plora_ray.adapters.lasting import SHARES, likeliest_share, share_losses
 from plora_ray.adapters.model import Task
-from plora_ray.training.fitters import NO_ROWS, newton_blocks
+from plora_ray.training.fitters import NO_ROWS, LinearRows, newton_blocks
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 from plora_ray.training.user_table import UserTable
-
-Examples = tuple[Linearisation, Tensor, Tensor, Tensor, int]  # the first arguments of `solve_users`
 
 SCALES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the moments' covariance, from which the best one is refined
 VARIANCES = (1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of a leaning, in squared logits
@@ -46,7 +43,7 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
     """The prior that all ranks agree on. All ranks must call; validation rows are welcome and not needed."""
     trained, users = prior_as_trained(table, rows), _calibration_users(rows)
     fitted, dim = rows.to_fit(users), len(trained.mean)
-    linear = _LinearRows.at(trained.mean, fitted, passes, rows)
+    linear = LinearRows.at(trained.mean, fitted, passes, rows)
     blocks = newton_blocks(users, fitted, rows, dim, passes.outputs)
 
     def posterior(under: UserPrior) -> PosteriorMoments:
@@ -54,26 +51,6 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
 
     prior = _refined(likeliest_start(trained, passes.leanings, posterior), posterior)
     return replace(prior, lasting=_lasting(prior, passes, rows, task))
-
-
-@dataclass(frozen=True)
-class _LinearRows:
-    """Rows `chosen` [n], ascending, of a rank, linearised at one point; texts: [n], each one's row of `linear`."""
-
-    rows: RankRows
-    chosen: np.ndarray
-    linear: Linearisation
-    texts: Tensor
-
-    @classmethod
-    def at(cls, point: Tensor, chosen: np.ndarray, passes: FrozenPasses, rows: RankRows) -> _LinearRows:
-        """Where the model is sharded, all ranks must call."""
-        return cls(rows, chosen, *passes.linearise(chosen, point))
-
-    def examples(self, users: np.ndarray, own: np.ndarray) -> Examples:
-        """`own` rows of `users` for a solver."""
-        local = torch.from_numpy(np.searchsorted(users, self.rows.row_users[own]))
-        return self.linear, self.texts[np.searchsorted(self.chosen, own)], self.rows.labels[own], local, len(users)
 
 
 def _refined(start: UserPrior, posterior: Callable[[UserPrior], PosteriorMoments]) -> UserPrior:
@@ -95,7 +72,7 @@ def _lasting(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task: Task)
     for block in passes.in_step(newton_blocks(judges, learnt, rows, len(prior.mean), passes.outputs)):
         users, own = block or (NO_ROWS, NO_ROWS)
         later = _first_of_each_user(rows, rows.of_split("validation", users), JUDGED_ROWS)
-        linear = _LinearRows.at(prior.mean, np.union1d(own, later), passes, rows)
+        linear = LinearRows.at(prior.mean, np.union1d(own, later), passes, rows)
         if block is not None:
             modes = solve_users(*linear.examples(users, own), prior, task).vectors
             losses += share_losses(*linear.examples(users, later), prior, task, modes)
@@ -149,18 +126,20 @@ def prior_as_trained(table: UserTable, rows: RankRows) -> UserPrior:
 
 
 def _calibration_users(rows: RankRows) -> np.ndarray:
-    """The first users with training rows, in key order and so at random, that have CALIBRATION_ROWS rows to fit together."""
-    counts = _rows_by_user(rows, rows.to_fit(None))
-    candidates = np.flatnonzero(_rows_by_user(rows, rows.of_split("train")))
-    return candidates[: int(np.searchsorted(np.cumsum(counts[candidates]), CALIBRATION_ROWS)) + 1]
+    """The first users with training rows that have CALIBRATION_ROWS rows to fit together."""
+    trained, to_fit = (_rows_by_user(rows, own) for own in (rows.of_split("train"), rows.to_fit(None)))
+    return _first_users(np.flatnonzero(trained), to_fit, CALIBRATION_ROWS)
 
 
 def _judges(rows: RankRows) -> np.ndarray:
-    """The first users with training rows and validation rows, that have this rank's share of JUDGES_ROWS of both together."""
+    """The first users with training rows and validation rows that have this rank's share of JUDGES_ROWS of both together."""
     trained, held_out = (_rows_by_user(rows, rows.of_split(split)) for split in ("train", "validation"))
-    candidates = np.flatnonzero((trained > 0) & (held_out > 0))
-    share = JUDGES_ROWS // dist.get_world_size()
-    return candidates[: int(np.searchsorted(np.cumsum((trained + held_out)[candidates]), share)) + 1]
+    return _first_users(np.flatnonzero((trained > 0) & (held_out > 0)), trained + held_out, JUDGES_ROWS // dist.get_world_size())
+
+
+def _first_users(candidates: np.ndarray, counts: np.ndarray, wanted: int) -> np.ndarray:
+    """The first of `candidates`, in key order and so at random, that have so many rows together. counts: rows by user."""
+    return candidates[: int(np.searchsorted(np.cumsum(counts[candidates]), wanted)) + 1]
 
 
 def _first_of_each_user(rows: RankRows, own: np.ndarray, count: int) -> np.ndarray:

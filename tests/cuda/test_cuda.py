@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from plora_ray.adapters.inject import Kind
 from plora_ray.data.synthetic import SyntheticParams, rows_of_user
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, LoadedGeneration, load_generation
 from plora_ray.store import AdapterStore
 from tests.generations import publish
+from tests.training.test_job import run, write
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -34,16 +31,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, tiny_plm: str) -> Adap
 
 
 @pytest.fixture(params=["replicated", "zero3"])
-def trained(request: pytest.FixtureRequest, tiny_tree: dict[str, Any], tmp_path: Path) -> Iterator[tuple[AdapterStore, str]]:
+def trained(request: pytest.FixtureRequest, tiny_tree: dict[str, Any], tmp_path: Path) -> tuple[AdapterStore, str]:
     """A generation that the job trained on the GPU, and what the job said."""
     more = {"num_workers": 1, "use_gpu": True, "sharding": request.param, "learning_rate": 0.01, "user_learning_rate": 0.05, "epochs": 3}
     tiny_tree["training"] |= more
-    config = tmp_path / "settings.yaml"
-    config.write_text(yaml.safe_dump(tiny_tree))
-    command = [sys.executable, "-m", "plora_ray.train_all", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    yield AdapterStore.open(tiny_tree["store"]["uri"]), done.stderr
+    code, _, told = run(write(tiny_tree, tmp_path))
+    assert code == 0, told
+    return AdapterStore.open(tiny_tree["store"]["uri"]), told
 
 
 def scores(loaded: LoadedGeneration, rows: list[tuple[str, str]]) -> torch.Tensor:
