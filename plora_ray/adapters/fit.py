@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from plora_ray.adapters.forgetting import Forgetting
 from plora_ray.adapters.leave_one_out import harmed
 from plora_ray.adapters.model import Task
 from plora_ray.adapters.problem import FitProblem, free_logits
@@ -37,13 +38,14 @@ class UserPrior:
     """Gaussian prior of user vectors. mean: [d]; precision: [d, d], the inverse covariance; both float64.
 
     noise_variance: variance of a regression label around its prediction; unused for classification. lasting: share, at most 1,
-    of a fitted user's way from the mean that a fit keeps (`lasting.py`).
+    of a fitted user's way from the mean that a fit keeps, and forgetting: what rows count by their age, None: all the same (`lasting.py`).
     """
 
     mean: Tensor
     precision: Tensor
     noise_variance: float = 1.0
     lasting: float = 1.0
+    forgetting: Forgetting | None = None
 
     def in_blocks(self, scale: float, leanings: int, variance: float) -> UserPrior:
         """The same prior with its covariance multiplied by `scale`, but for the last `leanings` numbers.
@@ -64,7 +66,8 @@ class UserPrior:
         """The prior as named tensors, to be kept beside the shared parameters."""
         named = {"prior.mean": self.mean.contiguous(), "prior.precision": self.precision.contiguous()}
         numbers = {"prior.noise_variance": self.noise_variance, "prior.lasting": self.lasting}
-        return {**named, **{name: torch.tensor([number], dtype=torch.float64) for name, number in numbers.items()}}
+        named |= {name: torch.tensor([number], dtype=torch.float64) for name, number in numbers.items()}
+        return named | (self.forgetting.tensors() if self.forgetting is not None else {})
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> UserPrior:
@@ -73,7 +76,8 @@ class UserPrior:
         One from before there was a `lasting` is read as if all lasted.
         """
         lasting = float(tensors["prior.lasting"]) if "prior.lasting" in tensors else 1.0
-        return cls(tensors["prior.mean"], tensors["prior.precision"], float(tensors["prior.noise_variance"]), lasting)
+        noise_variance, forgetting = float(tensors["prior.noise_variance"]), Forgetting.from_tensors(tensors)
+        return cls(tensors["prior.mean"], tensors["prior.precision"], noise_variance, lasting, forgetting)
 
 
 def prior_from_moments(users: int, total: Tensor, outer: Tensor, *, shrinkage_users: float = 64.0, floor: float = 1e-3) -> UserPrior:
@@ -138,15 +142,16 @@ class FittedUsers:
 
 def solve_users(
     linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task,
-    fallback: Tensor | None = None,
+    fallback: Tensor | None = None, weights: Tensor | None = None,
 ) -> FittedUsers:  # fmt: skip
     """Posterior modes of `count` users at once, drawn to the prior's mean as far as they won't last (`UserPrior.lasting`).
 
     texts: [rows] row of `linear` each example uses; labels: [rows] class index or value; users: [rows] in 0..count-1.
     Users are independent: a user's result is what it is with no other user present, up to rounding. A user without rows
     gets the prior's mean. fallback: [d] or [users, d], what those get whom the mode harms (`leave_one_out.harmed`); None: nobody is asked.
+    weights: [rows] float64, what each row's loss counts (`Forgetting.weights`); None: 1.
     """
-    problem = FitProblem(linear, texts, labels, users, count, prior, task)
+    problem = FitProblem(linear, texts, labels, users, count, prior, task, weights)
     p = prior.mean.expand(count, -1).clone()
     objective = problem.objective(p)
     converged = torch.zeros(count, dtype=torch.bool)

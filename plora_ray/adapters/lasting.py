@@ -1,11 +1,12 @@
-"""How much of what a fit has found of users holds on rows that it hasn't seen: one share, chosen on such rows.
+"""How much of what a fit has found of users holds on rows that it hasn't seen: one share and one half-life, chosen on such rows.
 
-    p = mu + share (mode - mu)
+    p = mu + share (mode - mu)        mode: of rows that count less the older they are (`forgetting.py`)
 
 A posterior mode is drawn to the prior's mean mu as far as its own rows leave it open. They can't tell that people change: where rows are
 split by time, habits have moved on before the rows that are to be answered. And a mode answers as if it were certain, which goes too far
 where rows are few. How steeply outcomes follow predictions says by how much (Cox 1958; van Houwelingen and le Cessie 1990, who shrink
-by it).
+by it). That rows of last week tell more than rows of years ago is found in the same way: by whichever half-life of a row answers
+later rows best.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from plora_ray.adapters.fit import Linearisation, UserPrior
+from plora_ray.adapters.forgetting import Forgetting
 from plora_ray.adapters.model import Task
 from plora_ray.adapters.problem import FitProblem
 
 SHARES = torch.linspace(0.01, 1, 100, dtype=torch.float64)  # none is above 1: what the prior holds back isn't given on trust
 SPREAD = 0.25  # standard deviation of the share around 1 before any row is seen: a handful of rows moves it little
+RATES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # half-lives in the mean age of rows; before any row is seen each costs as many nats
 
 
 @torch.no_grad()
@@ -39,7 +42,16 @@ def share_losses(
     return losses
 
 
-def likeliest_share(losses: Tensor) -> float:
-    """The likeliest of SHARES, given the sums that `share_losses` found (over all ranks) and that it is probably near 1."""
-    surprise = (1 - SHARES) ** 2 / (2 * SPREAD**2)
-    return float(SHARES[int(torch.argmin(losses + surprise))])
+def forgettings(newest: float, mean_age: float) -> list[Forgetting | None]:
+    """What may be forgotten, one of each of RATES. newest: row, days since 1970; mean_age: of rows, in days."""
+    return [Forgetting(mean_age / rate, newest) if rate else None for rate in RATES]
+
+
+def likeliest(losses: Tensor) -> tuple[int, float]:
+    """The likeliest of RATES, as an index, and of SHARES, given that the former is probably low and the latter near 1.
+
+    losses: [rates, shares], the sums that `share_losses` found, over all ranks; of the first RATES only where there is no age to tell by.
+    """
+    surprise = torch.tensor(RATES[: len(losses)], dtype=torch.float64).unsqueeze(1) + (1 - SHARES) ** 2 / (2 * SPREAD**2)
+    rate, share = divmod(int(torch.argmin(losses + surprise)), len(SHARES))
+    return rate, float(SHARES[share])

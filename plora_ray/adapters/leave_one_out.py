@@ -5,7 +5,8 @@ fit's own without that row. With r and W the gradient and curvature of the row's
 
     z_i(p_-i) ~ z_i(p) + S (I - W S)^-1 r        S = J_i H^-1 J_i^T
 
-which is exact for a regression (Allen 1974) and close for a classification (Rad and Maleki 2020).
+(each of the two times what the row counts, where rows don't count the same), which is exact for a regression (Allen 1974) and close for
+a classification (Rad and Maleki 2020).
 
 A user's gains in nats add up to the logarithm of how much likelier the rows are with the vector than without. That is the whole
 evidence: a spread of gains says little beside it, as many rows lose a trifle and few gain much.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from plora_ray.adapters.problem import FitProblem
+    from plora_ray.adapters.problem import FitProblem, Group
 
 EVIDENCE_NATS = 1.0  # what a user must lose over all rows: the prior, made of everybody, speaks for the fit
 
@@ -42,20 +43,21 @@ def left_out_gains(problem: FitProblem, modes: Tensor, factor: Tensor, other: Te
     for group in problem.groups:
         jacobian, free = problem.at(modes, group)
         labels = problem.labels[group.rows]
-        without = free + _moved(problem, free, jacobian, covariance[group.users], labels)
+        without = free + _moved(problem, group, free, jacobian, covariance[group.users])
         without = torch.lerp(problem.at(prior.mean.expand_as(modes), group)[1], without, prior.lasting)  # as far as the fit is kept
         gains = problem.losses(problem.at(others, group)[1], labels) - problem.losses(without, labels)
         total.index_add_(0, group.users, (gains * group.weights).sum(1))
     return total
 
 
-def _moved(problem: FitProblem, free: Tensor, jacobian: Tensor, covariance: Tensor, labels: Tensor) -> Tensor:
+def _moved(problem: FitProblem, group: Group, free: Tensor, jacobian: Tensor, covariance: Tensor) -> Tensor:
     """How far the logits [u, n, free] of each row move when the row is left out. jacobian: [u, n x free, d]; covariance: [u, d, d]."""
-    residual, curvature = problem.slopes(free, labels)
+    residual, curvature = problem.slopes(free, problem.labels[group.rows])
     by_row = (*free.shape, jacobian.shape[-1])
     leverage = torch.bmm(jacobian, covariance).view(by_row) @ jacobian.view(by_row).mT  # S, [u, n, free, free]
     curved = torch.diag_embed(curvature)
     if problem.task == "classification":
         curved = curved - curvature.unsqueeze(-1) * curvature.unsqueeze(-2)
-    own = torch.eye(free.shape[-1], dtype=free.dtype) - curved @ leverage
-    return (leverage @ torch.linalg.solve(own, residual.unsqueeze(-1))).squeeze(-1)
+    counts = group.weights[..., None, None]
+    own = torch.eye(free.shape[-1], dtype=free.dtype) - counts * curved @ leverage
+    return (leverage @ torch.linalg.solve(own, counts * residual.unsqueeze(-1))).squeeze(-1)

@@ -27,14 +27,14 @@ def free_logits(logits: Tensor, task: Task) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """Users of like row counts, filled up to equally many. users: [u]; rows: [u, n]; weights: [u, n], 0 where filled up."""
+    """Users of like row counts, filled up to equally many. users: [u]; rows: [u, n]; weights: [u, n] of rows, 0 where filled up."""
 
     users: Tensor
     rows: Tensor
     weights: Tensor
 
 
-def _groups(users: Tensor, count: int) -> list[Group]:
+def _groups(users: Tensor, count: int, weights: Tensor | None) -> list[Group]:
     """All rows by user, at most GROUP_ROWS together; a user with more is in several groups."""
     order = torch.argsort(users, stable=True)
     counts = torch.bincount(users, minlength=count)
@@ -49,7 +49,7 @@ def _groups(users: Tensor, count: int) -> list[Group]:
             offsets = torch.arange(first, min(most, first + GROUP_ROWS))
             real = offsets < counts[chosen].unsqueeze(1)
             rows = order[torch.where(real, starts[chosen].unsqueeze(1) + offsets, 0)]
-            groups.append(Group(chosen, rows, real.double()))
+            groups.append(Group(chosen, rows, real.double() if weights is None else real * weights[rows]))
     return groups
 
 
@@ -60,14 +60,15 @@ class FitProblem:
     """
 
     def __init__(
-        self, linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task
-    ) -> None:
+        self, linear: Linearisation, texts: Tensor, labels: Tensor, users: Tensor, count: int, prior: UserPrior, task: Task,
+        weights: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.task, self.prior, self.count = task, prior, count
         self.texts, self.labels = texts, labels
         self.jacobian = linear.jacobian
         self.point = linear.point.double()
         self.free = free_logits(linear.logits, task).double()
-        self.groups = _groups(users, count)
+        self.groups = _groups(users, count, weights)
 
     def at(self, p: Tensor, group: Group) -> tuple[Tensor, Tensor]:
         """Jacobian [u, n x free, d] and free logits [u, n, free] of a group's rows at their users' vectors."""
@@ -104,12 +105,12 @@ class FitProblem:
         hessian = self.prior.precision.expand(self.count, -1, -1).clone()
         for group in self.groups:
             jacobian, free = self.at(p, group)
+            residual, curvature = self.slopes(free, self.labels[group.rows])
             weights = group.weights.unsqueeze(-1)
-            residual, curvature = (slope * weights for slope in self.slopes(free, self.labels[group.rows]))
-            gradient.index_add_(0, group.users, torch.bmm(residual.flatten(1).unsqueeze(1), jacobian).squeeze(1))
-            curved = torch.bmm(jacobian.mT, jacobian * curvature.flatten(1).unsqueeze(-1))
+            gradient.index_add_(0, group.users, torch.bmm((residual * weights).flatten(1).unsqueeze(1), jacobian).squeeze(1))
+            curved = torch.bmm(jacobian.mT, jacobian * (curvature * weights).flatten(1).unsqueeze(-1))
             if self.task == "classification":  # softmax couples the outputs: J^T (diag(q) - q q^T) J
-                mean = torch.einsum("unf,unfd->und", curvature, jacobian.view(*free.shape, -1))
+                mean = torch.einsum("unf,unfd->und", curvature * weights.sqrt(), jacobian.view(*free.shape, -1))
                 curved -= torch.bmm(mean.mT, mean)
             hessian.index_add_(0, group.users, curved)
         return gradient, hessian

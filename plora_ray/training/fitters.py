@@ -12,6 +12,7 @@ from torch import Tensor
 from plora_ray.adapters.adam import AdamSteps, UserRows, fit_adam
 from plora_ray.adapters.fit import FittedUsers, Linearisation, UserPrior, solve_users
 from plora_ray.adapters.fit_memory import NEWTON_BLOCK_BYTES, newton_row_bytes, newton_user_bytes
+from plora_ray.adapters.forgetting import Forgetting
 from plora_ray.adapters.model import Task
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
@@ -49,6 +50,10 @@ class LinearRows:
         local = torch.from_numpy(np.searchsorted(users, self.rows.row_users[own]))
         return self.linear, self.texts[np.searchsorted(self.chosen, own)], self.rows.labels[own], local, len(users)
 
+    def weights(self, own: np.ndarray, forgetting: Forgetting | None) -> Tensor | None:
+        """What each of the rows `own` counts in a fit; None: all the same."""
+        return None if forgetting is None else forgetting.weights(self.rows.times[own])
+
 
 class NewtonFitter:
     """Posterior modes of user vectors under `prior`, given all of `RankRows.to_fit`, in blocks of users of bounded memory.
@@ -66,7 +71,8 @@ class NewtonFitter:
             mine, rows = block or (NO_ROWS, NO_ROWS)
             linear = LinearRows.at(self._prior.mean, rows, self._passes, self._rows)
             if block is not None:
-                parts.append(solve_users(*linear.examples(mine, rows), self._prior, self._task, self._fallback))
+                weights = linear.weights(rows, self._prior.forgetting)
+                parts.append(solve_users(*linear.examples(mine, rows), self._prior, self._task, self._fallback, weights))
         if not parts:
             nobody = torch.empty(0, dtype=torch.bool)
             return FittedUsers(torch.empty(0, len(self._prior.mean)), nobody, torch.empty(0), nobody)

@@ -91,22 +91,22 @@ def train(settings: Settings, *, dry_run: bool = False) -> Published | DryRun:
             totals = add_up(assignment, run, prepared.stats, segments, store.tombstones().keys())
             seconds = time.monotonic() - began
             report = TrainingReport(
-                assignment, prepared.plan, prepared.stats, totals, history, seconds, run.load_calibration(), _lasting(prepared)
+                assignment, prepared.plan, prepared.stats, totals, history, seconds, run.load_calibration(), _prior(prepared)
             )
             published = publish(prepared, report, segments, line, seconds=time.monotonic() - began)
             telemetry.finish(report.values, report.files)
             return published
 
 
-def _lasting(prepared: Prepared) -> float | None:
-    """`UserPrior.lasting` of the prior that users were fitted under, the run's own or the base's; None for solvers that keep all."""
+def _prior(prepared: Prepared) -> UserPrior | None:
+    """What users were fitted under, the run's own or the base's; None for a solver that has none."""
     settings = prepared.assignment.settings
     if settings.user_fit().solver != "newton":
         return None
     prior = prepared.run.load_prior()
     if prior is None and prepared.base is not None:
-        prior = UserPrior.from_tensors(prepared.base.reader.shared().tensors)
-    return None if prior is None else prior.lasting
+        return UserPrior.from_tensors(prepared.base.reader.shared().tensors)
+    return prior
 
 
 def _fit(prepared: Prepared, line: ProgressLine, telemetry: Telemetry, history: History) -> None:

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from plora_ray.adapters.fit import PosteriorMoments, UserPrior, posterior_moments, prior_from_moments, solve_users
-from plora_ray.adapters.lasting import SHARES, likeliest_share, share_losses
+from plora_ray.adapters.fit import PosteriorMoments, UserPrior, posterior_moments, prior_from_moments
 from plora_ray.adapters.model import Task
-from plora_ray.training.fitters import NO_ROWS, LinearRows, newton_blocks
+from plora_ray.training.fitters import LinearRows, newton_blocks
+from plora_ray.training.judging import with_what_lasts
 from plora_ray.training.passes import FrozenPasses
-from plora_ray.training.rank_rows import RankRows
+from plora_ray.training.rank_rows import RankRows, first_users
 from plora_ray.training.user_table import UserTable
 
 SCALES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the moments' covariance, from which the best one is refined
@@ -35,8 +35,6 @@ START_USERS = 64.0  # how many users the start weighs as much as, when it is ref
 MOST_STEPS = 10
 ENOUGH_EVIDENCE = 1e-3  # a user, in nats: steps that gain less aren't worth their time
 CALIBRATION_ROWS = 2048  # rows a rank looks at
-JUDGES_ROWS = 8192  # all ranks together look at to tell what lasts: an error of 0.1 in that one number is worth more than in a covariance
-JUDGED_ROWS = 64  # validation rows of one user that tell it, so that nobody decides alone
 
 
 def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
@@ -50,7 +48,7 @@ def estimate_prior(table: UserTable, passes: FrozenPasses, rows: RankRows, task:
         return _summed((posterior_moments(*linear.examples(*block), under, task) for block in blocks), dim)
 
     prior = _refined(likeliest_start(trained, passes.leanings, posterior), posterior)
-    return replace(prior, lasting=_lasting(prior, passes, rows, task))
+    return with_what_lasts(prior, passes, rows, task)
 
 
 def _refined(start: UserPrior, posterior: Callable[[UserPrior], PosteriorMoments]) -> UserPrior:
@@ -63,21 +61,6 @@ def _refined(start: UserPrior, posterior: Callable[[UserPrior], PosteriorMoments
             break
         prior, before = refined, after
     return prior
-
-
-def _lasting(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task: Task) -> float:
-    """What lasts of what training rows say of users, by validation rows of all ranks; in blocks of users of bounded memory."""
-    judges, losses = _judges(rows), torch.zeros(len(SHARES), dtype=torch.float64)
-    learnt = rows.of_split("train", judges)
-    for block in passes.in_step(newton_blocks(judges, learnt, rows, len(prior.mean), passes.outputs)):
-        users, own = block or (NO_ROWS, NO_ROWS)
-        later = _first_of_each_user(rows, rows.of_split("validation", users), JUDGED_ROWS)
-        linear = LinearRows.at(prior.mean, np.union1d(own, later), passes, rows)
-        if block is not None:
-            modes = solve_users(*linear.examples(users, own), prior, task).vectors
-            losses += share_losses(*linear.examples(users, later), prior, task, modes)
-    dist.all_reduce(losses)
-    return likeliest_share(losses)
 
 
 def likeliest_start(trained: UserPrior, leanings: int, posterior: Callable[[UserPrior], PosteriorMoments]) -> UserPrior:
@@ -127,29 +110,8 @@ def prior_as_trained(table: UserTable, rows: RankRows) -> UserPrior:
 
 def _calibration_users(rows: RankRows) -> np.ndarray:
     """The first users with training rows that have CALIBRATION_ROWS rows to fit together."""
-    trained, to_fit = (_rows_by_user(rows, own) for own in (rows.of_split("train"), rows.to_fit(None)))
-    return _first_users(np.flatnonzero(trained), to_fit, CALIBRATION_ROWS)
-
-
-def _judges(rows: RankRows) -> np.ndarray:
-    """The first users with training rows and validation rows that have this rank's share of JUDGES_ROWS of both together."""
-    trained, held_out = (_rows_by_user(rows, rows.of_split(split)) for split in ("train", "validation"))
-    return _first_users(np.flatnonzero((trained > 0) & (held_out > 0)), trained + held_out, JUDGES_ROWS // dist.get_world_size())
-
-
-def _first_users(candidates: np.ndarray, counts: np.ndarray, wanted: int) -> np.ndarray:
-    """The first of `candidates`, in key order and so at random, that have so many rows together. counts: rows by user."""
-    return candidates[: int(np.searchsorted(np.cumsum(counts[candidates]), wanted)) + 1]
-
-
-def _first_of_each_user(rows: RankRows, own: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` of each user's rows among `own`, which lie by user."""
-    users = rows.row_users[own]
-    return own[np.arange(len(own)) - np.searchsorted(users, users) < count]
-
-
-def _rows_by_user(rows: RankRows, own: np.ndarray) -> np.ndarray:
-    return np.bincount(rows.row_users[own], minlength=len(rows.keys))
+    trained, to_fit = (rows.count_by_user(own) for own in (rows.of_split("train"), rows.to_fit(None)))
+    return first_users(np.flatnonzero(trained), to_fit, CALIBRATION_ROWS)
 
 
 def _summed(parts: Iterable[PosteriorMoments], dim: int) -> PosteriorMoments:

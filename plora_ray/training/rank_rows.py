@@ -39,8 +39,8 @@ class RankRows:
     """Rows of a rank's partitions, in partition order.
 
     keys: [users, 16] uint8. partition_users: partition -> slice of its users. row_users: [rows] user of each row.
-    lengths: [rows] tokens. labels: [rows] tensor. erased: [users] bool; an erased user's rows are in no split.
-    fit_validation: whether `to_fit` has validation rows.
+    lengths: [rows] tokens. labels: [rows] tensor. times: [rows] datetime64[us] in UTC, NaT where not given.
+    erased: [users] bool; an erased user's rows are in no split. fit_validation: whether `to_fit` has validation rows.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class RankRows:
         self._row_starts = np.cumsum(self.lengths) - self.lengths
         raw_labels = [label for table in tables for label in table.labels.tolist()]
         self.labels = labels.encode(raw_labels)
+        self.times = np.concatenate([np.empty(0, "datetime64[us]"), *(table.timestamps for table in tables)])
         self._split = np.concatenate([np.empty(0, np.int8), *(table.split for table in tables)])
         self.erased = np.zeros(len(self.keys), bool)
         self._known_erased: set[bytes] = set()
@@ -108,6 +109,10 @@ class RankRows:
         users = span.start + places
         return users[~self.erased[users]]
 
+    def count_by_user(self, own: np.ndarray) -> np.ndarray:
+        """[users], how many of the rows `own` are each user's."""
+        return np.bincount(self.row_users[own], minlength=len(self.keys))
+
     @cached_property
     def texts(self) -> np.ndarray:
         """int32 [rows]: which of the rank's different texts each row is; rows of equal token ids are one text."""
@@ -133,3 +138,8 @@ class RankRows:
             return Batch(ids, mask, torch.zeros(1, dtype=torch.int64), label, torch.zeros(1, device=device))
         users = torch.from_numpy(self.row_users[rows])
         return Batch(ids, mask, users, self.labels[rows].to(device), torch.ones(len(rows), device=device))
+
+
+def first_users(candidates: np.ndarray, counts: np.ndarray, wanted: int) -> np.ndarray:
+    """The first of `candidates`, in key order and so at random, that have so many rows together. counts: rows by user."""
+    return candidates[: int(np.searchsorted(np.cumsum(counts[candidates]), wanted)) + 1]

@@ -10,6 +10,8 @@ from html import escape
 from typing import Any
 
 from plora_ray.adapters.calibration import Calibration
+from plora_ray.adapters.fit import UserPrior
+from plora_ray.adapters.forgetting import Forgetting
 from plora_ray.data.stats import PartitionStats
 from plora_ray.data.synthetic import Ceilings, SyntheticParams, ceilings
 from plora_ray.errors import StoreError
@@ -50,8 +52,8 @@ def add_up(
 class TrainingReport:
     """What was trained and, if there are test rows, how well it predicts them with and without the user. seconds: of the last start.
 
-    calibration: of the run's logits; None where they stand as trained. lasting: `UserPrior.lasting` of the
-        fits; None where all is kept.
+    calibration: of the run's logits; None where they stand as trained. prior: that users were fitted under; None where their own
+        Adam fitted them.
     """
 
     assignment: Assignment
@@ -61,7 +63,7 @@ class TrainingReport:
     history: History
     seconds: float
     calibration: Calibration | None = None
-    lasting: float | None = None
+    prior: UserPrior | None = None
 
     @cached_property
     def files(self) -> dict[str, bytes]:
@@ -78,6 +80,10 @@ class TrainingReport:
         """The best any predictor could do, known for made-up users."""
         source = self.assignment.settings.data.source
         return ceilings(SyntheticParams.from_url(source)) if source.startswith("synthetic:") else None
+
+    @property
+    def _forgetting(self) -> Forgetting | None:
+        return None if self.prior is None else self.prior.forgetting
 
     @property
     def verdict(self) -> str:
@@ -100,7 +106,8 @@ class TrainingReport:
             "labels": self.assignment.labels.to_json(),
             "settings": self.assignment.settings.published(),
             "calibration": None if self.calibration is None else {"logit_scale": self.calibration.scale},
-            "lasting": self.lasting,
+            "lasting": None if self.prior is None else self.prior.lasting,
+            "half_life_days": None if self._forgetting is None else round(self._forgetting.half_life, 1),
             "training": {"seconds": self.history.seconds, "restarts": self.history.restarts, **self.history.to_json()},
         }
         if self.comparison is not None:
@@ -168,7 +175,8 @@ class TrainingReport:
             ("rows", ", ".join(f"{count:,} {split}" for split, count in rows.items())),
             ("bad rows skipped", ", ".join(f"{count:,} {why}" for why, count in self.stats.skipped.items()) or "none"),
             *([("scale of the logits", f"{self.calibration.scale:.2f}")] if self.calibration is not None else []),
-            *([("kept of what is found of a user", f"{100 * self.lasting:.0f} %")] if self.lasting is not None else []),
+            *([("kept of what is found of a user", f"{100 * self.prior.lasting:.0f} %")] if self.prior is not None else []),
+            *([("days after which a row counts half", f"{self._forgetting.half_life:,.0f}")] if self._forgetting is not None else []),
             ("waves", f"{len(self.assignment.waves):,}"),
             ("seconds of training, all starts", f"{self.history.seconds:,.1f}"),
             ("restarts of the workers", f"{self.history.restarts}"),

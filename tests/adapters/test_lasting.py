@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from plora_ray.adapters import leave_one_out
 from plora_ray.adapters.fit import Linearisation, UserPrior, solve_users
-from plora_ray.adapters.lasting import SHARES, likeliest_share, share_losses
+from plora_ray.adapters.lasting import SHARES, likeliest, share_losses
 from tests.adapters.test_fit import DIM, prior, random_problem
 
 
@@ -51,14 +51,14 @@ def test_of_people_who_change_the_share_is_found_that_stays(lasts: float) -> Non
         linear = Linearisation(torch.zeros(DIM), torch.zeros(len(users), 1), jacobian)
         problems.append((linear, torch.arange(len(users)), labels, users, people))
     modes = solve_users(*problems[0], wide, "regression").vectors
-    found = likeliest_share(share_losses(*problems[1], wide, "regression", modes))
+    found = likeliest(share_losses(*problems[1], wide, "regression", modes).unsqueeze(0))[1]
     assert found == pytest.approx(lasts, abs=0.06)
 
 
 def test_without_rows_to_say_otherwise_everything_lasts() -> None:
     linear, texts, labels, users = random_problem(0, 3, 20, 3)
     none = share_losses(linear, texts[:0], labels[:0], users[:0], 3, prior(), "classification", torch.randn(3, DIM))
-    assert likeliest_share(none) == 1.0
+    assert likeliest(none.unsqueeze(0)) == (0, 1.0)
 
 
 def test_a_handful_of_rows_moves_the_share_little() -> None:
@@ -68,7 +68,7 @@ def test_a_handful_of_rows_moves_the_share_little() -> None:
     once = share_losses(
         linear, torch.zeros(1, dtype=torch.int64), against, torch.zeros(1, dtype=torch.int64), 1, only, "classification", torch.ones(1, 1)
     )
-    assert 0.9 < likeliest_share(once) < 1 and likeliest_share(500 * once) == SHARES[0]
+    assert 0.9 < likeliest(once.unsqueeze(0))[1] < 1 and likeliest(500 * once.unsqueeze(0))[1] == SHARES[0]
 
 
 def test_users_are_kept_as_far_from_the_mean_as_they_last_and_whom_the_guard_leaves_to_the_fallback_are_not_moved(

@@ -28,14 +28,15 @@ def loss(linear: Linearisation, text: int, label: torch.Tensor, p: torch.Tensor,
 
 
 def refitted(
-    linear: Linearisation, texts: torch.Tensor, labels: torch.Tensor, users: torch.Tensor, chosen: UserPrior, task: Task
-) -> np.ndarray:
+    linear: Linearisation, texts: torch.Tensor, labels: torch.Tensor, users: torch.Tensor, chosen: UserPrior, task: Task,
+    weights: torch.Tensor,
+) -> np.ndarray:  # fmt: skip
     """[rows]: what each row gains over OTHER by the vector of a fit that never saw it."""
     gains = []
     for row in range(len(texts)):
         rest = (users == users[row]) & (torch.arange(len(texts)) != row)
         nobody_else = torch.zeros(int(rest.sum()), dtype=torch.int64)
-        without = solve_users(linear, texts[rest], labels[rest], nobody_else, 1, chosen, task).vectors[0]
+        without = solve_users(linear, texts[rest], labels[rest], nobody_else, 1, chosen, task, weights=weights[rest]).vectors[0]
         text, label = int(texts[row]), labels[row]
         gains.append(
             loss(linear, text, label, OTHER, chosen.noise_variance, task) - loss(linear, text, label, without, chosen.noise_variance, task)
@@ -43,25 +44,26 @@ def refitted(
     return np.array(gains)
 
 
-@pytest.mark.parametrize("lasting", [1.0, 0.6])
+@pytest.mark.parametrize(("lasting", "old"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.5)])
 @pytest.mark.parametrize(("task", "classes"), [("regression", 1), ("classification", 2), ("classification", 4)])
-def test_what_rows_gain_left_out_is_what_fits_without_them_gain(task: Task, classes: int, lasting: float) -> None:
+def test_what_rows_gain_left_out_is_what_fits_without_them_gain(task: Task, classes: int, lasting: float, old: float) -> None:
     tolerance = 1e-5 if task == "regression" else 0.03
     linear, texts, labels, users = random_problem(classes, 4, 60, max(classes, 2))
     if task == "regression":
         linear = Linearisation(linear.point, linear.logits[:, :1], linear.jacobian[:, :1])
         labels = torch.randn(60, generator=torch.Generator().manual_seed(1))
     chosen = UserPrior(prior().mean, 4 * prior().precision, 0.7, lasting)
-    problem = FitProblem(linear, texts, labels, users, 4, chosen, task)
-    modes = solve_users(linear, texts, labels, users, 4, replace(chosen, lasting=1.0), task).vectors.double()
+    weights = torch.where(torch.arange(60) % 2 == 0, 1.0, old).double()
+    problem = FitProblem(linear, texts, labels, users, 4, chosen, task, weights)
+    modes = solve_users(linear, texts, labels, users, 4, replace(chosen, lasting=1.0), task, weights=weights).vectors.double()
     found = left_out_gains(problem, modes, torch.linalg.cholesky(problem.derivatives(modes)[1]), OTHER)
-    gains = refitted(linear, texts, labels, users, chosen, task)
+    gains = weights.numpy() * refitted(linear, texts, labels, users, chosen, task, weights)
     for user in range(4):
         mine = gains[users.numpy() == user]
         assert len(mine) > 5 and abs(mine.sum()) > 5 * tolerance
         assert float(found[user]) == pytest.approx(mine.sum(), abs=tolerance * len(mine))
     evidence = np.array([gains[users.numpy() == user].sum() for user in range(4)])
-    fitted = solve_users(linear, texts, labels, users, 4, chosen, task, OTHER)
+    fitted = solve_users(linear, texts, labels, users, 4, chosen, task, OTHER, weights)
     clear = np.abs(evidence + EVIDENCE_NATS) > tolerance * 20
     assert (fitted.guarded.numpy() == (evidence < -EVIDENCE_NATS))[clear].all() and clear.sum() >= 3
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from plora_ray.adapters.forgetting import Forgetting
 from plora_ray.adapters.solver import UserFit
 from plora_ray.errors import CorruptObjectError, DataError, ModelError, StoreError
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, load_generation
@@ -147,6 +148,17 @@ def test_of_a_new_users_examples_as_much_is_kept_as_lasts_and_all_that_newer_one
     whole, kept = FewShotFitter(engine.loaded).fit_many(asked), FewShotFitter(fading).fit_many(asked)
     assert np.allclose(kept[0].vector, 0.5 * whole[0].vector, atol=1e-6), "the prior's mean is zero"
     assert np.array_equal(kept[1].vector, whole[1].vector)
+
+
+def test_examples_count_by_their_age_and_undated_ones_as_new(engine: InferenceEngine) -> None:
+    assert engine.loaded.prior is not None
+    forgetful = replace(engine.loaded, prior=replace(engine.loaded.prior, forgetting=Forgetting(10.0, 20_000.0)))
+    fitter, labels, new = FewShotFitter(forgetful), ["yes", "no", "yes", "perhaps"], np.datetime64("2030-01-01", "us")
+    old = np.array([np.datetime64("2000-01-01", "us")] * 2 + [new] * 2)
+    undated, dated, fewer = Examples(TEXTS, labels), Examples(TEXTS, labels, times=old), Examples(TEXTS[2:], labels[2:])
+    whole, aged, without = fitter.fit_many([undated, dated, fewer])
+    assert np.array_equal(whole.vector, FewShotFitter(engine.loaded).fit_many([undated])[0].vector)
+    assert np.allclose(aged.vector, without.vector, atol=1e-6) and not np.allclose(aged.vector, whole.vector, atol=1e-3)
 
 
 def test_a_guarded_few_shot_fit_leaves_whom_it_would_harm_at_what_he_had(engine: InferenceEngine) -> None:

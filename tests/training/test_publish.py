@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from plora_ray.adapters.fit import UserPrior
+from plora_ray.adapters.forgetting import Forgetting
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.config import parse_settings
 from plora_ray.data.stats import PartitionCounts, PartitionStats
@@ -82,7 +85,7 @@ class Job:
         with contextlib.suppress(InterruptedError):
             self.store.resume(self.assignment.generation).write_segment(wave, keys, records, examples, announce)
 
-    def end(self) -> int:
+    def end(self, prior: UserPrior | None = None) -> int:
         """What the driver does once all workers say that they are done; returns how many users it published."""
         counts = PartitionCounts(users=USERS, train_users=USERS, rows={"train": 18, "validation": 0, "test": 0}, tokens=18)
         stats = PartitionStats(
@@ -90,7 +93,8 @@ class Job:
         )
         segments = self.store.resume(self.assignment.generation).finished_waves()
         totals = add_up(self.assignment, self.run, stats, segments, self.store.tombstones().keys())
-        report = TrainingReport(self.assignment, self.plan, stats, totals, History(self.store.objects, self.run.folder), 1.0)
+        history = History(self.store.objects, self.run.folder)
+        report = TrainingReport(self.assignment, self.plan, stats, totals, history, 1.0, prior=prior)
         prepared = Prepared(self.store, self.run, self.assignment, stats, "weights", ModelSize(DIM, 0), self.plan, None)
         return publish(prepared, report, segments, ProgressLine(), seconds=1.0).users
 
@@ -127,6 +131,27 @@ def test_a_generation_with_every_planned_user_is_published_with_its_report(job: 
     assert job.end() == job.store.open_generation().users == USERS
     values, files = stored_report(job.store, job.assignment.generation)  # what a start that only finishes hands to telemetry
     assert values["generation"] == job.assignment.generation and set(files) == {"report.json", "report.html"}
+
+
+@pytest.mark.parametrize(
+    ("prior", "told"),
+    [
+        (None, (None, None)),
+        (UserPrior(torch.zeros(DIM), torch.eye(DIM), lasting=0.75), (0.75, None)),
+        (UserPrior(torch.zeros(DIM), torch.eye(DIM), forgetting=Forgetting(1206.98, 16_000.0)), (1.0, 1207.0)),
+    ],
+)
+def test_the_report_says_what_lasts_and_how_fast_rows_are_forgotten(
+    job: Job, prior: UserPrior | None, told: tuple[float | None, float | None]
+) -> None:
+    for wave in range(3):
+        job.write(wave, 2)
+    job.end(prior)
+    values, files = stored_report(job.store, job.assignment.generation)
+    assert (values["lasting"], values["half_life_days"]) == told
+    page = files["report.html"].decode()
+    assert ("kept of what is found of a user" in page) == (prior is not None)
+    assert ("days after which a row counts half" in page and "1,207" in page) == (told[1] is not None)
 
 
 def test_what_is_published_without_activation_leaves_the_current_generation_serving_and_may_be_tried_on_a_share(

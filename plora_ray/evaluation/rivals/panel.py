@@ -76,7 +76,8 @@ class RivalPanel:
 
     def _examples(self, users: Ints, count: int) -> LabelledTexts:
         own = self._rows.examples
-        return LabelledTexts.of_rows([(int(user), *example) for user in np.unique(users) for example in own.get(int(user), ())[:count]])
+        shown = [(int(user), example) for user in np.unique(users) for example in own.get(int(user), ())[:count]]
+        return LabelledTexts.of_rows([(user, example.text, example.label) for user, example in shown])
 
 
 def setup_of(settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows) -> RivalSetup:

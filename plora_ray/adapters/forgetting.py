@@ -1,0 +1,49 @@
+"""How rows grow old: what a user said years ago tells less of what he will say tomorrow than what he said last week.
+
+    w = 2^(-age / half_life)        counted from the newest row that was learnt
+
+Each row's loss counts w in the objective of its user's fit (`problem.py`): exponential forgetting, as recommenders and adaptive filters
+do it (Haykin 2002; Ding and Li 2005). One half-life for all users; `lasting.py` chooses it, or none, on rows that came later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Times = NDArray[np.datetime64]
+_DAY = np.timedelta64(1, "D")
+
+
+def days_of(times: Times) -> NDArray[np.float64]:
+    """[rows], days since 1970 in UTC; NaN for NaT, which is a row that nobody dated."""
+    return (times - np.datetime64(0, "us")) / _DAY
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """half_life: days, above zero. newest: the newest row that was learnt, in days since 1970 (UTC)."""
+
+    half_life: float
+    newest: float
+
+    def weights(self, times: Times) -> Tensor:
+        """[rows] in [0, 1], float64: what rows of these times count. One without a time counts in full, and so does a newer one."""
+        ages = np.clip(self.newest - days_of(times), 0.0, None)
+        return torch.from_numpy(np.exp2(-np.nan_to_num(ages) / self.half_life))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors, to be kept with the prior."""
+        numbers = {"prior.half_life": self.half_life, "prior.newest": self.newest}
+        return {name: torch.tensor([number], dtype=torch.float64) for name, number in numbers.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Forgetting | None:
+        """What `tensors` were made from, other names ignored; None if it isn't among them."""
+        if "prior.half_life" not in tensors:
+            return None
+        return cls(float(tensors["prior.half_life"]), float(tensors["prior.newest"]))

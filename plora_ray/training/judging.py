@@ -1,0 +1,64 @@
+"""What lasts of what training rows say of users, as validation rows of all ranks judge it (`adapters/lasting.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from plora_ray.adapters.fit import UserPrior, solve_users
+from plora_ray.adapters.forgetting import Forgetting, days_of
+from plora_ray.adapters.lasting import SHARES, forgettings, likeliest, share_losses
+from plora_ray.adapters.model import Task
+from plora_ray.training.fitters import NO_ROWS, LinearRows, newton_blocks
+from plora_ray.training.passes import FrozenPasses
+from plora_ray.training.rank_rows import RankRows, first_users
+
+JUDGES_ROWS = 8192  # all ranks together look at: an error of 0.1 in what lasts is worth more than one in a covariance
+JUDGED_ROWS = 64  # validation rows of one user that tell it, so that nobody decides alone
+
+
+def with_what_lasts(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
+    """The prior with `lasting` and `forgetting`; all ranks must call. In blocks of users of bounded memory."""
+    candidates = candidates_for(rows)
+    judges, losses = _judges(rows), torch.zeros(len(candidates), len(SHARES), dtype=torch.float64)
+    learnt = rows.of_split("train", judges)
+    for block in passes.in_step(newton_blocks(judges, learnt, rows, len(prior.mean), passes.outputs)):
+        users, own = block or (NO_ROWS, NO_ROWS)
+        later = _first_of_each_user(rows, rows.of_split("validation", users), JUDGED_ROWS)
+        linear = LinearRows.at(prior.mean, np.union1d(own, later), passes, rows)
+        if block is None:
+            continue
+        for place, forgetting in enumerate(candidates):
+            weights = linear.weights(own, forgetting)
+            modes = solve_users(*linear.examples(users, own), prior, task, weights=weights).vectors
+            losses[place] += share_losses(*linear.examples(users, later), prior, task, modes)
+    dist.all_reduce(losses)
+    place, share = likeliest(losses)
+    return replace(prior, lasting=share, forgetting=candidates[place])
+
+
+def candidates_for(rows: RankRows) -> list[Forgetting | None]:
+    """What may be forgotten, by when all ranks' training rows are from; nothing where they have no age."""
+    days = days_of(rows.times[rows.of_split("train")])
+    days = days[~np.isnan(days)]
+    newest = torch.tensor([days.max(initial=-np.inf)], dtype=torch.float64)
+    dist.all_reduce(newest, op=dist.ReduceOp.MAX)
+    ages = torch.tensor([float(newest) * len(days) - days.sum() if len(days) else 0.0, len(days)], dtype=torch.float64)
+    dist.all_reduce(ages)
+    total, count = ages.tolist()
+    return forgettings(float(newest), total / count) if total > 0 else [None]
+
+
+def _judges(rows: RankRows) -> np.ndarray:
+    """The first users with training rows and validation rows that have this rank's share of JUDGES_ROWS of both together."""
+    trained, held_out = (rows.count_by_user(rows.of_split(split)) for split in ("train", "validation"))
+    return first_users(np.flatnonzero((trained > 0) & (held_out > 0)), trained + held_out, JUDGES_ROWS // dist.get_world_size())
+
+
+def _first_of_each_user(rows: RankRows, own: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` of each user's rows among `own`, which lie by user."""
+    users = rows.row_users[own]
+    return own[np.arange(len(own)) - np.searchsorted(users, users) < count]
