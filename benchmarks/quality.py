@@ -115,7 +115,8 @@ def draw(
         if len(names) < wanted:
             raise typer.BadParameter(f"cohort {cohort} has {len(names)} users with rows enough, fewer than {wanted}")
         chosen += chance.choice(names, wanted, replace=False).tolist()
-    return rows.loc[rows["user_id"].isin(chosen), ["user_id", "text", "label", "split", "cohort"]].reset_index(drop=True)
+    kept = [name for name in ("user_id", "text", "label", "timestamp", "split", "cohort") if name in rows]
+    return rows.loc[rows["user_id"].isin(chosen), kept].reset_index(drop=True)
 
 
 def _settings(sample: Path, store: Path, model: str, max_length: int, epochs: int, seed: int) -> dict[str, Any]:
