@@ -52,11 +52,12 @@ ACTIVATION_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class UserRows:
-    """Rows of one user: texts' token ids, class names, and which split each row is in (index into SPLITS)."""
+    """Rows of one user: texts' token ids, class names, which split each row is in (index into SPLITS), and when it is from."""
 
     ids: list[list[int]] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     splits: list[int] = field(default_factory=list)
+    times: list[np.datetime64] = field(default_factory=list)
 
     def of_split(self, split: str, count: int | None = None) -> list[int]:
         """Places of the first `count` rows of a split."""
@@ -64,11 +65,11 @@ class UserRows:
 
     def take(self, places: list[int]) -> UserRows:
         """Only these rows."""
-        return UserRows(*([column[place] for place in places] for column in (self.ids, self.labels, self.splits)))
+        return UserRows(*([column[place] for place in places] for column in (self.ids, self.labels, self.splits, self.times)))
 
 
 def read_users(data: Path, max_length: int) -> dict[str, list[UserRows]]:
-    """Users by cohort, tokenised once; columns user_id, text, label, split, cohort."""
+    """Users by cohort, tokenised once; columns user_id, text, label, split, cohort, and timestamp if there is one."""
     table: list[dict[str, Any]] = pq.read_table(data).to_pylist()
     tokenizer = load_tokenizer(MODEL)
     ids = tokenizer([row["text"] for row in table], truncation=True, max_length=max_length)["input_ids"]
@@ -78,15 +79,19 @@ def read_users(data: Path, max_length: int) -> dict[str, list[UserRows]]:
         user.ids.append(tokens)
         user.labels.append(str(row["label"]))
         user.splits.append(SPLITS.index(row["split"]))
+        user.times.append(np.datetime64(row.get("timestamp") or "NaT", "us"))
     return {cohort: list(users.values()) for cohort, users in cohorts.items()}
 
 
 def synthetic_users(url: str, max_length: int) -> list[UserRows]:
-    """The made-up users of a synthetic:// source, tokenised."""
+    """The made-up users of a synthetic:// source, tokenised; each gives one row a day."""
     params, tokenizer = SyntheticParams.from_url(url), load_tokenizer(MODEL)
     users = [rows_of_user(params, number) for number in range(params.users)]
     ids = iter(tokenizer([row.text for rows in users for row in rows], truncation=True, max_length=max_length)["input_ids"])
-    return [UserRows([next(ids) for _ in rows], [row.label for row in rows], [SPLITS.index(row.split) for row in rows]) for rows in users]
+    days = list(np.datetime64("2024-01-01", "us") + np.arange(params.texts) * np.timedelta64(1, "D"))
+    return [
+        UserRows([next(ids) for _ in rows], [row.label for row in rows], [SPLITS.index(row.split) for row in rows], days) for rows in users
+    ]
 
 
 def rank_rows(users: list[UserRows], labels: LabelSpace) -> RankRows:
@@ -99,7 +104,7 @@ def rank_rows(users: list[UserRows], labels: LabelSpace) -> RankRows:
         row_offsets=np.cumsum([0, *lengths]),
         labels=np.array([label for user in users for label in user.labels], object),
         split=np.array([code for user in users for code in user.splits], np.int8),
-        timestamps=np.full(len(lengths), np.datetime64("NaT", "us")),
+        timestamps=np.array([time for user in users for time in user.times], "datetime64[us]"),
     )
     return RankRows({0: table}, labels, frozenset(), 0)
 

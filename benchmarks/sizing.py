@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 
@@ -61,7 +62,7 @@ def fitted_row() -> Figure:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20_000, (USERS, ROWS_PER_USER, TOKENS), generator=generator).tolist()
     labels = ["a", "b"] * (ROWS_PER_USER // 2)
-    users = [UserRows(rows, labels, [0] * ROWS_PER_USER) for rows in ids]
+    users = [UserRows(rows, labels, [0] * ROWS_PER_USER, [np.datetime64("NaT", "us")] * ROWS_PER_USER) for rows in ids]
     population = train_population(users, epochs=1, seed=0)
     return core_seconds("core_s_per_fitted_row", lambda: population.fit(users), USERS * ROWS_PER_USER, rounds=3)
 

@@ -89,4 +89,5 @@ SPOILT = (
     Spoil("one-word texts", 0.25, short_texts),
     Spoil("very long texts", 0.25, long_texts),
     Spoil("changed taste", 0.25, changed_taste),
+    Spoil("changed taste of most", 0.75, changed_taste),
 )

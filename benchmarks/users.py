@@ -147,7 +147,7 @@ def alone_and_among(population: Population, users: list[UserRows], *, among: int
 
 
 def _made_up(rows: list[tuple[UserRows, int]]) -> UserRows:
-    return UserRows(*([getattr(user, name)[place] for user, place in rows] for name in ("ids", "labels", "splits")))
+    return UserRows(*([getattr(user, name)[place] for user, place in rows] for name in ("ids", "labels", "splits", "times")))
 
 
 def main(
