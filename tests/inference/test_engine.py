@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from plora_ray.adapters.forgetting import Forgetting
-from plora_ray.adapters.solver import UserFit
-from plora_ray.errors import CorruptObjectError, DataError, ModelError, StoreError
-from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, load_generation
-from plora_ray.inference.batcher import Batcher, EngineClosed, QueueFull
+from plora_ray.errors import CorruptObjectError, ModelError, StoreError
+from plora_ray.inference import InferenceEngine, load_generation
+from plora_ray.inference.batcher import EngineClosed
 from plora_ray.inference.cache import AdapterCache
 from plora_ray.store import AdapterStore, UserAdapter, new_version
 from plora_ray.store.adapters import now_iso
 from tests.generations import DIM, LABELS, publish
-
-USERS = [f"person {index}" for index in range(20)]
-TEXTS = ["a short text", "another text that is quite a bit longer than the first one", "x", "what do you think of this?"]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> AdapterStore:
-    return AdapterStore(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def engine(store: AdapterStore, tiny_plm: str) -> Iterator[InferenceEngine]:
-    publish(store, tiny_plm, "g1", USERS)
-    engine = InferenceEngine(load_generation(store))
-    yield engine
-    engine.close()
+from tests.inference.conftest import TEXTS, USERS
 
 
 def expected(store: AdapterStore, text: str, vector: np.ndarray | None) -> torch.Tensor:
@@ -121,66 +102,6 @@ def test_a_generation_of_another_plms_weights_is_refused(store: AdapterStore, ti
         weights.write_bytes(original)
 
 
-def test_a_few_shot_fit_lowers_the_users_loss_and_is_the_same_alone_and_among_others(engine: InferenceEngine) -> None:
-    fitter = FewShotFitter(engine.loaded)
-    mine = Examples(TEXTS, ["yes", "no", "yes", "perhaps"])
-    others = [Examples(TEXTS[:count], ["no"] * count) for count in (1, 2, 3)]
-    together = fitter.fit_many([others[0], mine, *others[1:]])[1]
-    alone = fitter.fit_many([mine])[0]
-    assert alone.loss_after < alone.loss_before
-    assert np.allclose(alone.vector, together.vector, atol=1e-5)
-    with pytest.raises(DataError, match="'maybe' is not one of this model's: no, perhaps, yes"):
-        fitter.fit_many([Examples(["x"], ["maybe"])])
-
-
-def test_new_examples_move_a_known_user_on_from_the_trained_vector(engine: InferenceEngine) -> None:
-    fitter = FewShotFitter(engine.loaded)
-    start = np.full(DIM, 0.7, np.float32)
-    moved = fitter.fit_many([Examples(TEXTS[:1], ["yes"], start=start)])[0]
-    assert 0 < np.linalg.norm(moved.vector - start) < np.linalg.norm(moved.vector)
-
-
-def test_of_a_new_users_examples_as_much_is_kept_as_lasts_and_all_that_newer_ones_add_to_a_known_user(engine: InferenceEngine) -> None:
-    start = np.full(DIM, 0.7, np.float32)
-    asked = [Examples(TEXTS, ["yes", "no", "yes", "perhaps"]), Examples(TEXTS[:2], ["yes", "no"], start=start)]
-    assert engine.loaded.prior is not None
-    fading = replace(engine.loaded, prior=replace(engine.loaded.prior, lasting=0.5))
-    whole, kept = FewShotFitter(engine.loaded).fit_many(asked), FewShotFitter(fading).fit_many(asked)
-    assert np.allclose(kept[0].vector, 0.5 * whole[0].vector, atol=1e-6), "the prior's mean is zero"
-    assert np.array_equal(kept[1].vector, whole[1].vector)
-
-
-def test_examples_count_by_their_age_and_undated_ones_as_new(engine: InferenceEngine) -> None:
-    assert engine.loaded.prior is not None
-    forgetful = replace(engine.loaded, prior=replace(engine.loaded.prior, forgetting=Forgetting(10.0, 20_000.0)))
-    fitter, labels, new = FewShotFitter(forgetful), ["yes", "no", "yes", "perhaps"], np.datetime64("2030-01-01", "us")
-    old = np.array([np.datetime64("2000-01-01", "us")] * 2 + [new] * 2)
-    undated, dated, fewer = Examples(TEXTS, labels), Examples(TEXTS, labels, times=old), Examples(TEXTS[2:], labels[2:])
-    whole, aged, without = fitter.fit_many([undated, dated, fewer])
-    assert np.array_equal(whole.vector, FewShotFitter(engine.loaded).fit_many([undated])[0].vector)
-    assert np.allclose(aged.vector, without.vector, atol=1e-6) and not np.allclose(aged.vector, whole.vector, atol=1e-3)
-
-
-def test_a_guarded_few_shot_fit_leaves_whom_it_would_harm_at_what_he_had(engine: InferenceEngine) -> None:
-    """Labels drawn as the population expects them: there is nothing to learn of such a user but chance."""
-    generator, texts = np.random.default_rng(1), [f"{text} {number}" for number in range(6) for text in TEXTS]
-    chances = [list(answer.prediction.scores.values()) for answer in engine.predict([("nobody", text) for text in texts])]
-    drawn = [[LABELS.classes[generator.choice(3, p=np.array(row) / sum(row))] for row in chances] for _ in range(12)]
-    starts = [None, np.full(DIM, 0.01, np.float32)] * 6
-    by_lot = [Examples(texts, labels, start) for labels, start in zip(drawn, starts, strict=True)]
-    mine = Examples(texts, ["yes"] * len(texts))
-    assert engine.loaded.prior is not None
-    wide = replace(engine.loaded, prior=replace(engine.loaded.prior, precision=engine.loaded.prior.precision / 100))
-    plain = FewShotFitter(wide).fit_many([*by_lot, mine])
-    guarded = FewShotFitter(replace(wide, fit=UserFit(guard=True))).fit_many([*by_lot, mine])
-    left = [place for place, start in enumerate(starts) if np.array_equal(guarded[place].vector, np.zeros(DIM) if start is None else start)]
-    assert {place % 2 for place in left} == {0, 1}, "new users and known ones"
-    assert all(guarded[place].loss_after == guarded[place].loss_before for place in left)
-    for place in {*range(13)} - {*left}:
-        assert np.array_equal(guarded[place].vector, plain[place].vector)
-    assert guarded[12].loss_after < guarded[12].loss_before
-
-
 class Pulls:
     """A store's pull that counts, waits and fails as told."""
 
@@ -258,112 +179,6 @@ def test_a_load_that_was_running_when_the_user_was_evicted_is_not_kept(engine: I
     reader.join()
     cache.get_many([adapter.key])
     assert pulls.count == 2
-
-
-def batcher_of(sizes: list[tuple[int, int]], gate: threading.Event, **changes: float) -> Batcher:
-    """A batcher whose forward pass records (rows, longest) and returns each row's length."""
-
-    def forward(ids: object, vectors: object) -> torch.Tensor:
-        gate.wait(5)
-        lengths = [len(row) for row in ids]  # type: ignore[attr-defined]
-        sizes.append((len(lengths), max(lengths)))
-        return torch.tensor([[float(length)] for length in lengths])
-
-    return Batcher(forward, **{"max_tokens": 40, "max_rows": 8, "wait_s": 0.0, "max_queued": 100, **changes})  # type: ignore[arg-type]
-
-
-def test_batches_are_bounded_in_padded_tokens_and_every_row_gets_its_own_result() -> None:
-    sizes: list[tuple[int, int]] = []
-    gate = threading.Event()
-    batcher = batcher_of(sizes, gate)
-    lengths = [3, 9, 1, 20, 5, 5, 5, 40, 2, 60, 1]
-    futures = batcher.submit([([1] * length, None) for length in lengths])
-    gate.set()
-    assert [future.result(5).item() for future in futures] == lengths
-    assert all(rows * longest <= 40 or rows == 1 for rows, longest in sizes) and all(rows <= 8 for rows, _ in sizes)
-    batcher.close()
-    with pytest.raises(EngineClosed):
-        batcher.submit([([1], None)])
-
-
-def test_rows_of_like_lengths_share_a_batch_and_the_oldest_row_is_in_the_first() -> None:
-    sizes: list[tuple[int, int]] = []
-    gate = threading.Event()
-    batcher = batcher_of(sizes, gate, max_tokens=1000, pass_tokens=20)
-    blocker = batcher.submit([([1], None)])
-    while batcher._rows:  # it holds the model while the others queue up
-        pass
-    lengths = [50, 3, 3, 48, 4, 50, 3, 49]
-    futures = batcher.submit([([1] * length, None) for length in lengths])
-    gate.set()
-    assert [future.result(5).item() for future in blocker + futures] == [1, *lengths]
-    batcher.close()
-    assert sizes == [(1, 1), (4, 50), (4, 4)]
-
-
-def test_a_long_row_among_a_stream_of_short_ones_waits_for_no_more_than_one_batch() -> None:
-    sizes: list[tuple[int, int]] = []
-    gate = threading.Event()
-    batcher = batcher_of(sizes, gate, max_tokens=1000, max_rows=4, max_queued=1000)
-    blocker = batcher.submit([([1], None)])
-    while batcher._rows:
-        pass
-    batcher.submit([([1] * 2, None)] * 3)
-    long = batcher.submit([([1] * 90, None)])
-    rest = batcher.submit([([1] * 2, None)] * 40)
-    gate.set()
-    for future in blocker + long + rest:
-        future.result(5)
-    batcher.close()
-    assert sizes.index((1, 90)) == 2, "after the blocker and the batch of the rows before it"
-
-
-def test_padding_that_costs_less_than_one_more_pass_is_taken() -> None:
-    sizes: list[tuple[int, int]] = []
-    gate = threading.Event()
-    batcher = batcher_of(sizes, gate, max_tokens=1000, pass_tokens=40)
-    blocker = batcher.submit([([1], None)])
-    while batcher._rows:
-        pass
-    futures = batcher.submit([([1] * length, None) for length in (10, 2, 2, 2)])
-    gate.set()
-    for future in blocker + futures:
-        future.result(5)
-    batcher.close()
-    assert sizes == [(1, 1), (4, 10)]
-
-
-def test_a_full_queue_refuses_all_rows_of_a_request_and_cancelled_rows_are_skipped() -> None:
-    sizes: list[tuple[int, int]] = []
-    gate = threading.Event()
-    batcher = batcher_of(sizes, gate, max_queued=3)
-    batcher.submit([([1], None)])
-    while batcher._rows:  # the first row is being computed and holds the model
-        pass
-    waiting = batcher.submit([([1, 1], None)] * 3)
-    with pytest.raises(QueueFull):
-        batcher.submit([([1], None)])
-    for future in waiting:
-        future.cancel()
-    gate.set()
-    batcher.close()
-    assert sizes == [(1, 1)]
-
-
-def test_a_failing_pass_fails_its_callers_only() -> None:
-    calls = iter([RuntimeError("once"), torch.tensor([[7.0]])])
-
-    def forward(ids: object, vectors: object) -> torch.Tensor:
-        result = next(calls)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    batcher = Batcher(forward, max_tokens=10, max_rows=1, wait_s=0.0, max_queued=10)
-    with pytest.raises(RuntimeError, match="once"):
-        batcher.submit([([1], None)])[0].result(5)
-    assert batcher.submit([([1], None)])[0].result(5).item() == 7.0
-    batcher.close()
 
 
 def test_a_pull_that_was_running_when_an_adapter_was_put_never_replaces_it(engine: InferenceEngine) -> None:
