@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,21 +18,12 @@ from plora_ray.store.retained import Retained, RetainedExamples
 
 @dataclass(frozen=True)
 class FitRequest:
-    """One user's key and examples, and when they came (Unix time); labels as training data holds them.
-
-    earlier: retained examples, which are fitted with these.
-    """
+    """One user's key and examples; labels as training data holds them. earlier: retained ones, which are fitted with them."""
 
     key: bytes
     texts: list[str]
     labels: list[str | float]
     earlier: Retained = field(default_factory=Retained)
-    came_s: float = field(default_factory=time.time)
-
-    @property
-    def every(self) -> Retained:
-        """What the user is fitted on."""
-        return self.earlier.joined(self.texts, self.labels, self.came_s)
 
 
 @dataclass(frozen=True)
@@ -92,8 +82,8 @@ class FittingService:
     ) -> list[Fit]:
         trained = loaded.reader.get_many([request.key for request in requests if request.key not in erased])
         starts = [trained[request.key].record if request.key in trained else None for request in requests]
-        every = [request.every for request in requests]
-        return fitter.fit_many([Examples(one.texts, one.labels, start, one.times) for one, start in zip(every, starts, strict=True)])
+        every = [request.earlier.joined(request.texts, request.labels, 0.0) for request in requests]
+        return fitter.fit_many([Examples(one.texts, one.labels, start) for one, start in zip(every, starts, strict=True)])
 
     def _with_earlier(self, loaded: LoadedGeneration, request: FitRequest, erased: str | None) -> FitRequest:
         retained = self._retained(loaded)
@@ -106,7 +96,7 @@ class FittingService:
         return None if days is None else loaded.store.retained_examples(days)
 
     def _store(self, loaded: LoadedGeneration, request: FitRequest, erased: str | None, fit: Fit) -> FitResult:
-        examples = len(request.every.texts)
+        examples = len(request.earlier.joined(request.texts, request.labels, 0.0).texts)
         try:
             adapter = loaded.put_fresh(request.key, fit.vector, examples, erased)
             if (retained := self._retained(loaded)) is not None:

@@ -38,7 +38,8 @@ class UserPrior:
     """Gaussian prior of user vectors. mean: [d]; precision: [d, d], the inverse covariance; both float64.
 
     noise_variance: variance of a regression label around its prediction; unused for classification. lasting: share, at most 1,
-    of a fitted user's way from the mean that a fit keeps, and forgetting: what rows count by their age, None: all the same (`lasting.py`).
+    of a fitted user's way from the mean that a fit keeps, where all rows count the same (`lasting.py`). forgetting: how dated rows are
+    to be counted instead; None: so as well.
     """
 
     mean: Tensor
@@ -57,6 +58,10 @@ class UserPrior:
         precision = torch.eye(len(self.mean), dtype=torch.float64) / variance
         precision[:first, :first] = torch.linalg.inv(covariance) / scale
         return replace(self, precision=precision)
+
+    def of_dated_rows(self) -> UserPrior:
+        """The prior for rows that count by their age: the same but for what lasts."""
+        return self if self.forgetting is None else replace(self, lasting=self.forgetting.lasting)
 
     def centred(self) -> UserPrior:
         """The same prior of vectors that are counted from its mean."""

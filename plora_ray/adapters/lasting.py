@@ -5,11 +5,14 @@
 A posterior mode is drawn to the prior's mean mu as far as its own rows leave it open. They can't tell that people change: where rows are
 split by time, habits have moved on before the rows that are to be answered. And a mode answers as if it were certain, which goes too far
 where rows are few. How steeply outcomes follow predictions says by how much (Cox 1958; van Houwelingen and le Cessie 1990, who shrink
-by it). That rows of last week tell more than rows of years ago is found in the same way: by whichever half-life of a row answers
-later rows best.
+by it). That rows of last week tell more than rows of years ago is found in the same way: by whichever half-life of rows answers
+later ones best.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +24,8 @@ from plora_ray.adapters.problem import FitProblem
 
 SHARES = torch.linspace(0.01, 1, 100, dtype=torch.float64)  # none is above 1: what the prior holds back isn't given on trust
 SPREAD = 0.25  # standard deviation of the share around 1 before any row is seen: a handful of rows moves it little
-RATES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # half-lives in the mean age of rows; before any row is seen each costs as many nats
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # half-lives in the typical age of rows; before any row is seen each costs as many nats
+FORGETS = 2.0  # nats more that it costs to forget at all
 
 
 @torch.no_grad()
@@ -42,16 +46,17 @@ def share_losses(
     return losses
 
 
-def forgettings(newest: float, mean_age: float) -> list[Forgetting | None]:
-    """What may be forgotten, one of each of RATES. newest: row, days since 1970; mean_age: of rows, in days."""
-    return [Forgetting(mean_age / rate, newest) if rate else None for rate in RATES]
+def half_lives(typical_age: float) -> list[float]:
+    """What is tried, in days: infinity, where rows have an age one of each of RATES, too."""
+    return [math.inf, *(typical_age / rate for rate in RATES if typical_age > 0)]
 
 
-def likeliest(losses: Tensor) -> tuple[int, float]:
-    """The likeliest of RATES, as an index, and of SHARES, given that the former is probably low and the latter near 1.
+def likeliest(losses: Tensor, half_lives: Sequence[float]) -> tuple[float, Forgetting | None]:
+    """The likeliest share where all rows count the same, and the likeliest half-life with a share of its own; None if that is infinite.
 
-    losses: [rates, shares], the sums that `share_losses` found, over all ranks; of the first RATES only where there is no age to tell by.
+    losses: [half_lives, shares], the sums that `share_losses` found, over all ranks. Shares are probably near 1, half-lives long.
     """
-    surprise = torch.tensor(RATES[: len(losses)], dtype=torch.float64).unsqueeze(1) + (1 - SHARES) ** 2 / (2 * SPREAD**2)
-    rate, share = divmod(int(torch.argmin(losses + surprise)), len(SHARES))
-    return rate, float(SHARES[share])
+    best, places = (losses + (1 - SHARES) ** 2 / (2 * SPREAD**2)).min(dim=1)
+    unlikely = torch.tensor([0.0, *(FORGETS + rate for rate in RATES)], dtype=torch.float64)
+    chosen, shares = int(torch.argmin(best + unlikely[: len(losses)])), SHARES[places].tolist()
+    return shares[0], Forgetting(half_lives[chosen], shares[chosen]) if chosen else None

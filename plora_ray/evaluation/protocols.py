@@ -33,7 +33,7 @@ from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.report import Evaluation, ProtocolResult, write_report
 from plora_ray.evaluation.rivals.panel import RivalPanel
 from plora_ray.evaluation.rivals.registry import RIVALS, check_installed
-from plora_ray.evaluation.rows import EvaluationRows, Example, encode_labels, read_rows
+from plora_ray.evaluation.rows import EvaluationRows, encode_labels, read_rows
 from plora_ray.evaluation.scoring import TextScorer, predictions
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, LoadedGeneration, load_generation
 from plora_ray.opening import open_store
@@ -246,7 +246,7 @@ class _Run:
         vectors = []
         for start in range(0, len(users), USERS_PER_FIT):
             group = [self.rows.examples[user][:shots] for user in users[start : start + USERS_PER_FIT]]
-            fits = fitter.fit_many([_shown(examples) for examples in group])
+            fits = fitter.fit_many([Examples([text for text, _ in seen], [label for _, label in seen]) for seen in group])
             vectors += [fit.vector for fit in fits]
             self.stages.advance(len(group))
         return np.stack(vectors)
@@ -273,14 +273,8 @@ class _Run:
         if history.rows == 0:
             return {}
         if examples is not None:  # a new user's label prior knows exactly the examples that the fit has seen
-            seen = [(user, shown.label) for user in np.unique(row_users) for shown in self.rows.examples.get(int(user), [])[:examples]]
+            seen = [(user, label) for user in np.unique(row_users) for _, label in self.rows.examples.get(int(user), [])[:examples]]
             given = encode_labels([label for _, label in seen], self.loaded.labels)
             history = history.restricted_to(np.array([user for user, _ in seen], np.int64), given)
         found = {MAJORITY: history.majority, LABEL_PRIOR: history.label_prior}
         return {name: predict(row_users) for name, predict in found.items() if name in self.baselines}
-
-
-def _shown(examples: Sequence[Example]) -> Examples:
-    """One new user's, for a fit."""
-    times = np.array([example.time for example in examples], "datetime64[us]")
-    return Examples([example.text for example in examples], [example.label for example in examples], times=times)

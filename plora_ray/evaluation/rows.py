@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,21 +35,13 @@ MOST_GROUPS = 100  # more are names of users or texts, which a report mustn't ho
 OnUnit = Callable[[int, int], None]  # units read, units in all
 
 
-class Example(NamedTuple):
-    """A training row of a user outside the generation. time: in UTC, NaT where not given."""
-
-    text: str
-    label: str | float
-    time: np.datetime64
-
-
 @dataclass(frozen=True)
 class EvaluationRows:
     """Test rows and what may be known beside them. Row i is text `row_texts[i]` of user `row_users[i]`.
 
     texts: different texts of test rows. labels: [rows] class indices, or values of a regression. keys, known: by user, his
     key and whether the generation trained an adapter for him. history: the labels of all training rows. examples: by user
-    outside the generation, up to `examples_kept` training rows in an order drawn by the seed. groups: names of the
+    outside the generation, up to `examples_kept` training rows (text, label) in an order drawn by the seed. groups: names of the
     groups that test rows belong to; row_groups: [rows] index into them, -1 for none. row_times: [rows] in UTC, NaT where not given.
     training, validation: those rows of the generation's users, if they were asked for. learnt_texts: how many test rows have a text that
     training rows have, too, but for case, spaces and punctuation. digest: 16 hex digits of the test rows' texts and labels, in any order.
@@ -62,7 +54,7 @@ class EvaluationRows:
     keys: list[bytes]
     known: NDArray[np.bool_]
     history: LabelHistory
-    examples: dict[int, list[Example]]
+    examples: dict[int, list[tuple[str, str | float]]]
     train_rows: int
     erased_users: int
     bad_rows: int
@@ -148,9 +140,9 @@ class _Collector:
     _tests: list[tuple[int, int, str | float]] = field(default_factory=list)
     _groups: dict[str, int] = field(default_factory=dict)
     _test_groups: list[int] = field(default_factory=list)
-    _test_times: list[np.datetime64] = field(default_factory=list)
+    _test_times: list[datetime | None] = field(default_factory=list)
     _history: Counter[tuple[int, str | float]] = field(default_factory=Counter)
-    _examples: dict[int, list[tuple[int, int, Example]]] = field(default_factory=dict)
+    _examples: dict[int, list[tuple[int, int, str, str | float]]] = field(default_factory=dict)
 
     def add(self, row: Row, split: str) -> None:
         self.rows += 1
@@ -163,7 +155,7 @@ class _Collector:
             self._digest = (self._digest + int.from_bytes(own, "big")) % 2**64
             self._tests.append((self._texts.setdefault(row.text, len(self._texts)), user, row.label))
             self._test_groups.append(-1 if row.group is None else self._groups.setdefault(row.group, len(self._groups)))
-            self._test_times.append(_time(row))
+            self._test_times.append(None if row.timestamp is None else row.timestamp.replace(tzinfo=None))
             if len(self._groups) > MOST_GROUPS:
                 raise DataError(f"columns.group has more than {MOST_GROUPS} different values: name a column of few, or none")
         elif split == "train":
@@ -187,7 +179,7 @@ class _Collector:
             keys=self._keys,
             known=np.array(self._known, bool),
             history=self._label_history(labels),
-            examples={user: [example for *_, example in sorted(kept, reverse=True)] for user, kept in self._examples.items()},
+            examples={user: [(text, label) for *_, text, label in sorted(kept, reverse=True)] for user, kept in self._examples.items()},
             train_rows=self.train_rows,
             erased_users=sum(user is None for user in self._users.values()),
             bad_rows=bad_rows,
@@ -215,7 +207,7 @@ class _Collector:
         """Keep the rows whose hash is smallest: a draw that doesn't depend on the order of the source, which may be by label."""
         digest = hashlib.blake2b(row.text.encode("utf-8"), key=self.seed.to_bytes(8, "big"), digest_size=8).digest()
         kept = self._examples.setdefault(user, [])
-        entry = (-int.from_bytes(digest, "big"), -self.rows, Example(row.text, row.label, _time(row)))
+        entry = (-int.from_bytes(digest, "big"), -self.rows, row.text, row.label)
         if len(kept) < self.examples_kept:
             heapq.heappush(kept, entry)
         else:
@@ -231,10 +223,6 @@ class _Collector:
             outputs=labels.outputs,
             task=labels.task,
         )
-
-
-def _time(row: Row) -> np.datetime64:
-    return np.datetime64("NaT" if row.timestamp is None else row.timestamp.replace(tzinfo=None), "us")
 
 
 def encode_labels(given: Sequence[str | float], labels: LabelSpace) -> NDArray[np.number]:

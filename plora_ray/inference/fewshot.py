@@ -16,7 +16,6 @@ from torch import Tensor
 
 from plora_ray.adapters.adam import UserRows, fit_adam
 from plora_ray.adapters.fit import solve_users
-from plora_ray.adapters.forgetting import Times
 from plora_ray.adapters.objective import task_losses
 from plora_ray.inference.example_passes import ExamplePasses
 from plora_ray.inference.loading import LoadedGeneration
@@ -28,13 +27,11 @@ ADAM_STEPS = 20  # of one user at most, however many examples: an answer is wait
 @dataclass(frozen=True)
 class Examples:
     """One user's examples. labels: as data files give them (class names or numbers). start: the user's trained vector
-    [user_width], which new examples move on from; None for a new user, who starts from the prior's mean or the population.
-    times: when each is from; None: all count as new."""
+    [user_width], which new examples move on from; None for a new user, who starts from the prior's mean or the population."""
 
     texts: Sequence[str]
     labels: Sequence[str | float]
     start: np.ndarray | None = None
-    times: Times | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,6 @@ class FewShotFitter:
         prior, task = self._loaded.prior, self._loaded.labels.task
         assert prior is not None
         fitted = torch.empty(len(users), len(prior.mean))
-        weights = None if prior.forgetting is None else prior.forgetting.weights(_times(users))
         for group in _groups(users):
             start = users[group[0]].start
             centred = prior if start is None else replace(prior, mean=torch.tensor(start).double(), lasting=1.0)
@@ -100,8 +96,7 @@ class FewShotFitter:
             linear = passes.linearise(rows.numpy(), centred.mean)
             local = owners[rows] - group[0]
             fallback = had[group] if self._loaded.fit.guard else None
-            problem = linear, torch.arange(len(rows)), labels[rows], local, len(group), centred, task
-            fitted[group] = solve_users(*problem, fallback, None if weights is None else weights[rows]).vectors
+            fitted[group] = solve_users(linear, torch.arange(len(rows)), labels[rows], local, len(group), centred, task, fallback).vectors
         return fitted
 
     def _adam(self, users: Sequence[Examples], passes: ExamplePasses, labels: Tensor, owners: Tensor, had: Tensor) -> Tensor:
@@ -118,12 +113,6 @@ class FewShotFitter:
         steps = replace(loaded.fit.steps, max_steps=ADAM_STEPS)
         seeds = [0] * len(users)
         return fit_adam(passes, rows, none, starts.to(loaded.device), precision, seeds, steps, loaded.labels.task).vectors.cpu()
-
-
-def _times(users: Sequence[Examples]) -> Times:
-    """[examples of all users], NaT where not told."""
-    unknown = np.datetime64("NaT", "us")
-    return np.concatenate([np.full(len(user.texts), unknown) if user.times is None else user.times for user in users])
 
 
 def _groups(users: Sequence[Examples]) -> list[list[int]]:

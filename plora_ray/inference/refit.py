@@ -43,7 +43,7 @@ def refit_fresh(
                 batch[key] = examples
         trained = loaded.reader.get_many(key for key in batch if key not in erased)
         starts = {key: trained[key].record if key in trained else None for key in batch}
-        asked = [Examples(batch[key].texts, batch[key].labels, starts[key], batch[key].times) for key in batch]
+        asked = [Examples(batch[key].texts, batch[key].labels, starts[key]) for key in batch]
         for (key, examples), fit in zip(batch.items(), _fit(fitter, asked), strict=True):
             stored = fit is not None and _store(loaded, key, examples, fit, erased.get(key))
             done.fitted += stored

@@ -15,9 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from plora_ray.errors import CorruptObjectError, ErasedDuringFit
 from plora_ray.identity import KEY_BYTES
 from plora_ray.store import names
@@ -54,11 +51,6 @@ class Retained:
     texts: list[str] = field(default_factory=list)
     labels: list[str | float] = field(default_factory=list)
     came_s: list[float] = field(default_factory=list)
-
-    @property
-    def times(self) -> NDArray[np.datetime64]:
-        """When each came, in UTC."""
-        return (np.array(self.came_s) * 1e6).astype("datetime64[us]")
 
     def after(self, time_s: float) -> Retained:
         """Those that came at `time_s` or later."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from plora_ray.adapters.adam import AdamSteps, UserRows, fit_adam
 from plora_ray.adapters.fit import FittedUsers, Linearisation, UserPrior, solve_users
 from plora_ray.adapters.fit_memory import NEWTON_BLOCK_BYTES, newton_row_bytes, newton_user_bytes
-from plora_ray.adapters.forgetting import Forgetting
 from plora_ray.adapters.model import Task
+from plora_ray.training.dates import newest_and_typical_age
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 
@@ -50,19 +50,17 @@ class LinearRows:
         local = torch.from_numpy(np.searchsorted(users, self.rows.row_users[own]))
         return self.linear, self.texts[np.searchsorted(self.chosen, own)], self.rows.labels[own], local, len(users)
 
-    def weights(self, own: np.ndarray, forgetting: Forgetting | None) -> Tensor | None:
-        """What each of the rows `own` counts in a fit; None: all the same."""
-        return None if forgetting is None else forgetting.weights(self.rows.times[own])
-
 
 class NewtonFitter:
     """Posterior modes of user vectors under `prior`, given all of `RankRows.to_fit`, in blocks of users of bounded memory.
 
-    guard: users whom their mode harms get the population's vector, which is zero.
+    Rows count by their age if the prior says so; then all ranks must make one. guard: users whom their mode harms get the population's
+    vector, which is zero.
     """
 
     def __init__(self, passes: FrozenPasses, rows: RankRows, prior: UserPrior, task: Task, *, guard: bool = False) -> None:
-        self._passes, self._rows, self._prior, self._task = passes, rows, prior, task
+        self._passes, self._rows, self._prior, self._task = passes, rows, prior.of_dated_rows(), task
+        self._newest = 0.0 if prior.forgetting is None else newest_and_typical_age(rows.times[rows.to_fit(None)])[0]
         self._fallback = torch.zeros(len(prior.mean)) if guard else None
 
     def fit(self, users: np.ndarray) -> FittedUsers:
@@ -71,12 +69,16 @@ class NewtonFitter:
             mine, rows = block or (NO_ROWS, NO_ROWS)
             linear = LinearRows.at(self._prior.mean, rows, self._passes, self._rows)
             if block is not None:
-                weights = linear.weights(rows, self._prior.forgetting)
-                parts.append(solve_users(*linear.examples(mine, rows), self._prior, self._task, self._fallback, weights))
+                examples, weights = linear.examples(mine, rows), self._weights(rows)
+                parts.append(solve_users(*examples, self._prior, self._task, self._fallback, weights))
         if not parts:
             nobody = torch.empty(0, dtype=torch.bool)
             return FittedUsers(torch.empty(0, len(self._prior.mean)), nobody, torch.empty(0), nobody)
         return FittedUsers(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(FittedUsers)))
+
+    def _weights(self, rows: np.ndarray) -> Tensor | None:
+        forgetting = self._prior.forgetting
+        return None if forgetting is None else forgetting.weights(self._rows.times[rows], self._newest)
 
 
 def newton_blocks(users: np.ndarray, own: np.ndarray, rows: RankRows, dim: int, outputs: int) -> list[tuple[np.ndarray, np.ndarray]]:

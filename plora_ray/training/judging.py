@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from plora_ray.adapters.fit import UserPrior, solve_users
-from plora_ray.adapters.forgetting import Forgetting, days_of
-from plora_ray.adapters.lasting import SHARES, forgettings, likeliest, share_losses
+from plora_ray.adapters.forgetting import Forgetting
+from plora_ray.adapters.lasting import SHARES, half_lives, likeliest, share_losses
 from plora_ray.adapters.model import Task
+from plora_ray.training.dates import newest_and_typical_age
 from plora_ray.training.fitters import NO_ROWS, LinearRows, newton_blocks
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows, first_users
@@ -22,8 +23,9 @@ JUDGED_ROWS = 64  # validation rows of one user that tell it, so that nobody dec
 
 def with_what_lasts(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task: Task) -> UserPrior:
     """The prior with `lasting` and `forgetting`; all ranks must call. In blocks of users of bounded memory."""
-    candidates = candidates_for(rows)
-    judges, losses = _judges(rows), torch.zeros(len(candidates), len(SHARES), dtype=torch.float64)
+    newest, typical_age = newest_and_typical_age(rows.times[rows.of_split("train")])
+    tried = half_lives(typical_age)
+    judges, losses = _judges(rows), torch.zeros(len(tried), len(SHARES), dtype=torch.float64)
     learnt = rows.of_split("train", judges)
     for block in passes.in_step(newton_blocks(judges, learnt, rows, len(prior.mean), passes.outputs)):
         users, own = block or (NO_ROWS, NO_ROWS)
@@ -31,25 +33,13 @@ def with_what_lasts(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task
         linear = LinearRows.at(prior.mean, np.union1d(own, later), passes, rows)
         if block is None:
             continue
-        for place, forgetting in enumerate(candidates):
-            weights = linear.weights(own, forgetting)
+        for place, half_life in enumerate(tried):
+            weights = Forgetting(half_life).weights(rows.times[own], newest)
             modes = solve_users(*linear.examples(users, own), prior, task, weights=weights).vectors
             losses[place] += share_losses(*linear.examples(users, later), prior, task, modes)
     dist.all_reduce(losses)
-    place, share = likeliest(losses)
-    return replace(prior, lasting=share, forgetting=candidates[place])
-
-
-def candidates_for(rows: RankRows) -> list[Forgetting | None]:
-    """What may be forgotten, by when all ranks' training rows are from; nothing where they have no age."""
-    days = days_of(rows.times[rows.of_split("train")])
-    days = days[~np.isnan(days)]
-    newest = torch.tensor([days.max(initial=-np.inf)], dtype=torch.float64)
-    dist.all_reduce(newest, op=dist.ReduceOp.MAX)
-    ages = torch.tensor([float(newest) * len(days) - days.sum() if len(days) else 0.0, len(days)], dtype=torch.float64)
-    dist.all_reduce(ages)
-    total, count = ages.tolist()
-    return forgettings(float(newest), total / count) if total > 0 else [None]
+    lasting, forgetting = likeliest(losses, tried)
+    return replace(prior, lasting=lasting, forgetting=forgetting)
 
 
 def _judges(rows: RankRows) -> np.ndarray:

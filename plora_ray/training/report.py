@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -86,6 +87,11 @@ class TrainingReport:
         return None if self.prior is None else self.prior.forgetting
 
     @property
+    def _half_life(self) -> float:
+        """Days, three digits."""
+        return float(f"{self._forgetting.half_life:.3g}") if self._forgetting is not None else math.inf
+
+    @property
     def verdict(self) -> str:
         if self.comparison is None:
             return f"{self.totals.users:,} users were trained. There are no test rows, so nothing says whether their adapters help."
@@ -107,7 +113,7 @@ class TrainingReport:
             "settings": self.assignment.settings.published(),
             "calibration": None if self.calibration is None else {"logit_scale": self.calibration.scale},
             "lasting": None if self.prior is None else self.prior.lasting,
-            "half_life_days": None if self._forgetting is None else round(self._forgetting.half_life, 1),
+            "forgetting": None if self._forgetting is None else {"half_life_days": self._half_life, "lasting": self._forgetting.lasting},
             "training": {"seconds": self.history.seconds, "restarts": self.history.restarts, **self.history.to_json()},
         }
         if self.comparison is not None:
@@ -175,8 +181,7 @@ class TrainingReport:
             ("rows", ", ".join(f"{count:,} {split}" for split, count in rows.items())),
             ("bad rows skipped", ", ".join(f"{count:,} {why}" for why, count in self.stats.skipped.items()) or "none"),
             *([("scale of the logits", f"{self.calibration.scale:.2f}")] if self.calibration is not None else []),
-            *([("kept of what is found of a user", f"{100 * self.prior.lasting:.0f} %")] if self.prior is not None else []),
-            *([("days after which a row counts half", f"{self._forgetting.half_life:,.0f}")] if self._forgetting is not None else []),
+            *self._kept(),
             ("waves", f"{len(self.assignment.waves):,}"),
             ("seconds of training, all starts", f"{self.history.seconds:,.1f}"),
             ("restarts of the workers", f"{self.history.restarts}"),
@@ -185,6 +190,14 @@ class TrainingReport:
         if self.history.starts:
             facts.append(self._ranks())
         return facts
+
+    def _kept(self) -> list[tuple[str, str]]:
+        """What is kept of fits, and of those whose rows count by their age."""
+        kept = [] if self.prior is None else [("kept of what is found of a user", f"{100 * self.prior.lasting:.0f} %")]
+        if self._forgetting is not None:
+            kept.append(("kept where rows count by their age", f"{100 * self._forgetting.lasting:.0f} %"))
+            kept.append(("days after which a row counts half", f"{self._half_life:,g}"))
+        return kept
 
     def _ranks(self) -> str:
         head = ["start, s", "", "ranks", "sharding", "parameters, MiB", "held by each rank, MiB"]

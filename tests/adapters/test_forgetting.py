@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from plora_ray.adapters.fit import Linearisation, UserPrior, solve_users
 from plora_ray.adapters.forgetting import Forgetting, days_of
-from plora_ray.adapters.lasting import RATES, SHARES, forgettings, likeliest, share_losses
+from plora_ray.adapters.lasting import FORGETS, RATES, SHARES, half_lives, likeliest, share_losses
 from tests.adapters.test_fit import DIM, prior, random_problem
 
 NEWEST = datetime(2024, 3, 1, 12, tzinfo=UTC)
@@ -27,21 +28,20 @@ def at(days_before: float) -> np.ndarray:
 
 @settings(deadline=None)
 @given(st.floats(0.01, 10_000), st.floats(-4000, 40_000))
-def test_a_row_one_half_life_old_counts_half_and_a_newer_one_than_was_learnt_in_full(half_life: float, days: float) -> None:
-    forgetting = Forgetting(half_life, NEWEST.timestamp() / 86_400)
-    found = float(forgetting.weights(at(days)))
+def test_a_row_one_half_life_old_counts_half_and_a_newer_one_in_full(half_life: float, days: float) -> None:
+    found = float(Forgetting(half_life).weights(at(days), NEWEST.timestamp() / 86_400))
     assert found == pytest.approx(0.5 ** (max(days, 0.0) / half_life), rel=1e-3, abs=1e-9) and 0 <= found <= 1
 
 
 def test_a_row_that_nobody_dated_counts_in_full() -> None:
     times = np.array([np.datetime64("NaT"), np.datetime64("2024-02-29T12:00")], "datetime64[us]")
     assert np.isnan(days_of(times)[0])
-    assert Forgetting(1.0, NEWEST.timestamp() / 86_400).weights(times).tolist() == [1.0, 0.5]
+    assert Forgetting(1.0).weights(times, NEWEST.timestamp() / 86_400).tolist() == [1.0, 0.5]
 
 
 def test_it_is_kept_with_the_prior_and_a_prior_from_before_forgets_nothing() -> None:
-    named = replace(prior(), forgetting=Forgetting(12.5, 19_000.25)).tensors()
-    assert UserPrior.from_tensors(named).forgetting == Forgetting(12.5, 19_000.25)
+    named = replace(prior(), forgetting=Forgetting(12.5, 0.75)).tensors()
+    assert UserPrior.from_tensors(named).forgetting == Forgetting(12.5, 0.75)
     assert UserPrior.from_tensors(prior().tensors()).forgetting is None
 
 
@@ -73,8 +73,8 @@ def test_rows_that_count_by_fractions_give_the_mode_that_a_general_optimiser_fin
     assert np.allclose(found.numpy(), expected, atol=1e-4)
 
 
-def people_over_time(half_life: float | None, seed: int) -> tuple[int, float]:
-    """What is found of 300 people whose taste is a process with a memory, judged by what they say right after 16 days of rows."""
+def people_over_time(half_life: float | None, seed: int) -> float:
+    """The half-life found of 300 people whose taste is a process with a memory, by what they say right after 16 days of rows."""
     people, days, generator = 300, 16, torch.Generator().manual_seed(seed)
     taste = torch.randn(people, DIM, generator=generator)
     kept = 1.0 if half_life is None else 0.5 ** (1 / half_life)
@@ -90,24 +90,29 @@ def people_over_time(half_life: float | None, seed: int) -> tuple[int, float]:
         linear = Linearisation(torch.zeros(DIM), torch.zeros(len(labels), 1), jacobian.unsqueeze(1))
         problems.append((linear, torch.arange(len(labels)), labels, torch.arange(people).repeat(len(rows[learnt])), people))
     times = np.repeat(np.datetime64("2024-01-01", "us") + np.arange(days) * np.timedelta64(1, "D"), people)
-    losses = []
-    for forgetting in forgettings(float(days_of(times).max()), (days - 1) / 2):
-        weights = None if forgetting is None else forgetting.weights(times)
+    tried, losses = half_lives(7.5), []
+    for found in tried:
+        weights = Forgetting(found).weights(times, float(days_of(times).max()))
         modes = solve_users(*problems[0], wide, "regression", weights=weights).vectors
         losses.append(share_losses(*problems[1], wide, "regression", modes))
-    return likeliest(torch.stack(losses))
+    chosen = likeliest(torch.stack(losses), tried)[1]
+    return math.inf if chosen is None else chosen.half_life
 
 
 def test_of_people_who_change_old_rows_are_found_to_count_less_and_of_others_hardly_less() -> None:
     for seed in range(3):
-        assert RATES[people_over_time(None, seed)[0]] <= 0.25, "a row of the first day counts 0.7 at least"
-    slow, fast = (RATES[people_over_time(half_life, 0)[0]] for half_life in (12.0, 2.0))
-    assert 0.25 < slow < fast, "the faster they change, the shorter the half-life"
+        assert people_over_time(None, seed) >= 30, "a row of the first day counts 0.7 at least"
+    slow, fast = people_over_time(12.0, 0), people_over_time(2.0, 0)
+    assert 30 > slow > fast, "the faster they change, the shorter the half-life"
 
 
-def test_a_short_half_life_needs_rows_that_speak_for_it() -> None:
-    losses = torch.ones(len(RATES), len(SHARES), dtype=torch.float64)
-    losses[-1] = 1 - 0.99 * RATES[-1]
-    assert likeliest(losses) == (0, 1.0)
-    losses[-1] = 1 - 1.01 * RATES[-1]
-    assert likeliest(losses) == (len(RATES) - 1, 1.0)
+def test_a_half_life_needs_rows_that_speak_for_it_the_more_the_shorter_it_is() -> None:
+    tried = half_lives(8.0)
+    assert tried == [math.inf, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0] and half_lives(0.0) == [math.inf]
+    losses = torch.full((len(tried), len(SHARES)), 9.0, dtype=torch.float64)
+    for place in (1, 6):
+        speaks = losses.clone()
+        speaks[place] -= FORGETS + RATES[place - 1] - 0.01
+        assert likeliest(speaks, tried) == (1.0, None)
+        speaks[place] -= 0.02
+        assert likeliest(speaks, tried) == (1.0, Forgetting(tried[place], 1.0))

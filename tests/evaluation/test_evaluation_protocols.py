@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,7 @@ from plora_ray.data.splits import SplitTimes
 from plora_ray.errors import ConfigError, DataError, StoreError
 from plora_ray.evaluation import protocols
 from plora_ray.evaluation.protocols import BASELINES, evaluate_store
-from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, load_generation
-from plora_ray.inference.fewshot import Fit
+from plora_ray.inference import InferenceEngine, load_generation
 
 if TYPE_CHECKING:
     from tests.evaluation.conftest import World
@@ -98,31 +96,6 @@ def test_by_time_the_future_is_compared_as_a_whole_and_part_by_part_and_a_taste_
     assert "By age of the rows" in (tmp_path / "out" / "report.html").read_text()
     with pytest.raises(ConfigError, match="protocol time needs data.split_times"):
         evaluate_store(world.settings, "time", [], tmp_path / "none")
-
-
-def test_new_users_examples_go_to_the_fit_with_their_dates(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = rows_of(world, "b", "train") + rows_of(world, "b", "test")
-    days = {text: day for day, text in enumerate(sorted({row["text"] for row in rows}))}
-    for row in rows:
-        if (day := days[row["text"]]) % 3:
-            row["timestamp"] = (datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=day)).isoformat()
-    data = tmp_path / "dated.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    seen = []
-
-    def recording(fitter: FewShotFitter, users: Sequence[Examples]) -> list[Fit]:
-        seen.extend(users)
-        return fit_many(fitter, users)
-
-    fit_many = FewShotFitter.fit_many
-    monkeypatch.setattr(FewShotFitter, "fit_many", recording)
-    evaluate_store(world.with_data(source=str(data)), "few", [], tmp_path / "out", shots=(4,))
-    assert len(seen) == world.users_per_cohort
-    for shown in seen:
-        assert shown.times is not None and len(shown.times) == 4
-        for text, time in zip(shown.texts, shown.times, strict=True):
-            day = days[text]
-            assert time == np.datetime64("2024-01-01", "us") + np.timedelta64(day, "D") if day % 3 else np.isnat(time)
 
 
 def test_a_regression_is_measured_in_the_labels_units(regression_world: World, tmp_path: Path) -> None:

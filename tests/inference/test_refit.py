@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from plora_ray.adapters.forgetting import Forgetting, days_of
 from plora_ray.inference import Examples, FewShotFitter, LoadedGeneration, load_generation
 from plora_ray.inference import refit as refitting
 from plora_ray.inference.refit import refit_fresh, unknown_to
@@ -56,19 +54,6 @@ def test_every_user_gets_the_adapter_that_its_examples_give_alone_and_a_stopped_
         np.testing.assert_allclose(served.record, alone, atol=1e-5)
     assert store.get_fresh(store.key(NEW[4])) is None
     assert refit_fresh(loaded, fitter, retained, lambda done, users: None).fitted == 0
-
-
-def test_retained_examples_count_by_when_they_came(world: tuple[LoadedGeneration, RetainedExamples]) -> None:
-    loaded, retained = world
-    assert loaded.prior is not None
-    came = retained.of(loaded.store.key(NEW[0])).times
-    newest = float(days_of(came).max()) + 10  # the generation has learnt rows of ten days later
-    forgetful = replace(loaded, prior=replace(loaded.prior, forgetting=Forgetting(5.0, newest)))
-    refit_fresh(forgetful, FewShotFitter(forgetful), retained, lambda done, users: None)
-    fresh = loaded.store.get_fresh(loaded.store.key(NEW[0]))
-    alone = FewShotFitter(forgetful).fit_many([Examples(TEXTS, ["yes", "no", "perhaps"], times=times) for times in (came, None)])
-    assert fresh is not None and np.allclose(fresh.record, alone[0].vector, atol=1e-5)
-    assert np.linalg.norm(alone[0].vector) < 0.8 * np.linalg.norm(alone[1].vector), "two half-lives old"
 
 
 def test_examples_that_the_generation_took_in_with_an_adapter_are_not_counted_again(

@@ -17,9 +17,9 @@ from plora_ray.adapters import leave_one_out
 from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.calibration import SCALES, best_scale, scale_losses
 from plora_ray.adapters.fit import UserPrior, solve_users
-from plora_ray.adapters.forgetting import Forgetting, days_of
+from plora_ray.adapters.forgetting import Forgetting
 from plora_ray.adapters.labels import LabelSpace
-from plora_ray.adapters.lasting import RATES, SHARES
+from plora_ray.adapters.lasting import SHARES
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.data.table import PartitionTable
 from plora_ray.training import fitters
@@ -101,17 +101,17 @@ def test_newton_fits_a_user_on_training_and_validation_rows_together(rows: RankR
     assert torch.allclose(NewtonFitter(passes, rows, PRIOR, "classification").fit(user).vectors, expected.vectors, atol=1e-5)
 
 
-def test_newton_counts_rows_by_their_age(passes: FrozenPasses) -> None:
+def test_newton_counts_dated_rows_by_their_age_and_keeps_what_lasts_of_such_fits(passes: FrozenPasses, alone: None) -> None:
     old = np.arange(USERS * (USERS + 1) // 2) % 2 == 0
     dated = rows_of(times=np.where(old, np.datetime64("2020-01-01", "us"), np.datetime64("2020-01-11", "us")))
-    forgetful = replace(PRIOR, forgetting=Forgetting(5.0, float(days_of(dated.times).max())))
+    forgetful = replace(PRIOR, lasting=0.1, forgetting=Forgetting(5.0, 0.8))
     own = np.flatnonzero(dated.row_users == USERS - 1)
     linear, texts = passes.linearise(own, PRIOR.mean)
-    alone = linear, texts, dated.labels[own], torch.zeros(len(own), dtype=torch.int64), 1, PRIOR, "classification"
-    expected = solve_users(*alone, weights=torch.from_numpy(np.where(old[own], 0.25, 1.0)))
+    problem = linear, texts, dated.labels[own], torch.zeros(len(own), dtype=torch.int64), 1, replace(PRIOR, lasting=0.8), "classification"
+    expected = solve_users(*problem, weights=torch.from_numpy(np.where(old[own], 0.25, 1.0)))
     found = NewtonFitter(passes, dated, forgetful, "classification").fit(np.array([USERS - 1]))
     assert torch.allclose(found.vectors, expected.vectors, atol=1e-5)
-    assert not torch.allclose(found.vectors, solve_users(*alone).vectors, atol=1e-3)
+    assert not torch.allclose(found.vectors, solve_users(*problem).vectors, atol=1e-3)
 
 
 def test_validation_rows_that_are_to_judge_are_not_fitted(rows: RankRows) -> None:
@@ -212,33 +212,23 @@ def test_the_prior_is_the_same_whether_its_users_are_looked_at_together_or_in_bl
     assert blocks.lasting == whole.lasting
 
 
-@pytest.mark.parametrize("dated", [False, True])
-def test_validation_rows_say_how_much_lasts_of_what_training_rows_say_of_users_and_how_fast_it_is_forgotten(
-    passes: FrozenPasses, alone: None, dated: bool
-) -> None:
-    days = np.random.default_rng(4).integers(0, 1000, USERS * (USERS + 1) // 2).astype("timedelta64[D]")
-    rows = rows_of(times=np.datetime64("2020-01-01", "us") + days if dated else None)
-    train = days.astype(float)[rows.of_split("train")]
-    half_lives = [np.inf, *((train.max() - train).mean() / np.array(RATES[1:]) if dated else [])]
+def test_validation_rows_say_how_much_lasts_of_what_training_rows_say_of_users(rows: RankRows, passes: FrozenPasses, alone: None) -> None:
     table = UserTable(USERS, DIM, learning_rate=0.1)
     table.vectors.normal_(generator=torch.Generator().manual_seed(2))
     table.steps[:] = 1
     found = estimate_prior(table, passes, rows, "classification")
     point = found.mean
-    surprise = torch.tensor(RATES)[: len(half_lives), None] + (1 - SHARES) ** 2 / (2 * 0.25**2)
+    surprise = (1 - SHARES) ** 2 / (2 * 0.25**2)
     for user in range(USERS):
         own, later = (rows.of_split(split, np.array([user])) for split in ("train", "validation"))
         if len(own) and len(later):
-            (linear, texts), (judged, judged_texts) = passes.linearise(own, point), passes.linearise(later, point)
-            alone_user = linear, texts, rows.labels[own], torch.zeros(len(own), dtype=torch.int64), 1, replace(found, lasting=1.0)
-            for rate, half_life in enumerate(half_lives):
-                weights = torch.from_numpy(0.5 ** ((train.max() - days.astype(float)[own]) / half_life))
-                way = solve_users(*alone_user, "classification", weights=weights).vectors[0].double() - found.mean
-                moved = judged.jacobian[judged_texts].double() @ way * SHARES[:, None, None]
-                logits = judged.logits[judged_texts].double() + torch.nn.functional.pad(moved, (0, 1))
-                labels = rows.labels[later].expand(len(SHARES), -1)
-                surprise[rate] += torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").sum(1)
-    rate, share = divmod(int(torch.argmin(surprise)), len(SHARES))
+            linear, texts = passes.linearise(own, point)
+            alone_user = texts, rows.labels[own], torch.zeros(len(own), dtype=torch.int64)
+            way = solve_users(linear, *alone_user, 1, replace(found, lasting=1.0), "classification").vectors[0].double() - found.mean
+            linear, texts = passes.linearise(later, point)
+            for place, share in enumerate(SHARES.tolist()):
+                moved = linear.jacobian[texts].double() @ (found.mean + share * way - point)
+                logits = linear.logits[texts].double() + torch.nn.functional.pad(moved, (0, 1))
+                surprise[place] += torch.nn.functional.cross_entropy(logits, rows.labels[later], reduction="sum")
     assert found.lasting < 1, "these labels are chance"
-    assert found.lasting == pytest.approx(float(SHARES[share]), abs=0.011)
-    assert (np.inf if found.forgetting is None else found.forgetting.half_life) == pytest.approx(half_lives[rate])
+    assert found.lasting == pytest.approx(float(SHARES[int(torch.argmin(surprise))]), abs=0.011)

@@ -76,8 +76,7 @@ class RivalPanel:
 
     def _examples(self, users: Ints, count: int) -> LabelledTexts:
         own = self._rows.examples
-        shown = [(int(user), example) for user in np.unique(users) for example in own.get(int(user), ())[:count]]
-        return LabelledTexts.of_rows([(user, example.text, example.label) for user, example in shown])
+        return LabelledTexts.of_rows([(int(user), *example) for user in np.unique(users) for example in own.get(int(user), ())[:count]])
 
 
 def setup_of(settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows) -> RivalSetup:
