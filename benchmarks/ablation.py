@@ -33,7 +33,7 @@ class Variant:
 
     adapter: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
-    prior: Mapping[str, float] = field(default_factory=dict)
+    prior: Mapping[str, Any] = field(default_factory=dict)
 
 
 FEED_FORWARD = ("intermediate.dense", "output.dense")
@@ -62,7 +62,8 @@ VARIANTS = {
     "all else at twice the rate": Variant(training={"learning_rate": 2e-3}),
     "four passes": Variant(training={"epochs": 4}),
     "logits as trained": Variant(training={"calibrate": False}),
-    "all of a fit lasts": Variant(prior={"lasting": 1.0}),
+    "all of a fit lasts": Variant(prior={"lasting": 1.0, "forgetting": None}),
+    "no row is forgotten": Variant(prior={"forgetting": None}),
 }
 
 

@@ -30,7 +30,7 @@ from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 from plora_ray.adapters.objective import MutualInformation, PopulationObjective
 from plora_ray.adapters.pretrained import load_tokenizer
 from plora_ray.config import AdapterSettings, Settings, TrainingSettings
-from plora_ray.data.rows import SPLITS
+from plora_ray.data.rows import SPLITS, canonical_timestamp
 from plora_ray.data.synthetic import SyntheticParams, rows_of_user
 from plora_ray.data.table import PartitionTable
 from plora_ray.store.objects import ObjectStore
@@ -79,8 +79,13 @@ def read_users(data: Path, max_length: int) -> dict[str, list[UserRows]]:
         user.ids.append(tokens)
         user.labels.append(str(row["label"]))
         user.splits.append(SPLITS.index(row["split"]))
-        user.times.append(np.datetime64(row.get("timestamp") or "NaT", "us"))
+        user.times.append(_time(row.get("timestamp")))
     return {cohort: list(users.values()) for cohort, users in cohorts.items()}
+
+
+def _time(value: object) -> np.datetime64:
+    time = None if value is None else canonical_timestamp(value)
+    return np.datetime64("NaT" if time is None else time.replace(tzinfo=None), "us")
 
 
 def synthetic_users(url: str, max_length: int) -> list[UserRows]:

@@ -37,6 +37,7 @@ def trained_users(table: PartitionTable, secret: bytes) -> TrainedUsers:
     """The users of a partition that have training rows.
 
     A user's digest covers token ids and labels of the rows to train and to validate, in any order: both shape an adapter.
+    Dates do, too, where rows are forgotten, and aren't covered: a source that gets them later doesn't make everybody new.
     """
     users, counts = np.unique(table.user_of_row[table.split == SPLITS.index("train")], return_counts=True)
     learnt = np.flatnonzero(table.split != SPLITS.index("test"))
