@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -12,7 +11,6 @@ from typing import Any
 
 from plora_ray.adapters.calibration import Calibration
 from plora_ray.adapters.fit import UserPrior
-from plora_ray.adapters.forgetting import Forgetting
 from plora_ray.data.stats import PartitionStats
 from plora_ray.data.synthetic import Ceilings, SyntheticParams, ceilings
 from plora_ray.errors import StoreError
@@ -83,13 +81,10 @@ class TrainingReport:
         return ceilings(SyntheticParams.from_url(source)) if source.startswith("synthetic:") else None
 
     @property
-    def _forgetting(self) -> Forgetting | None:
-        return None if self.prior is None else self.prior.forgetting
-
-    @property
-    def _half_life(self) -> float:
-        """Days, three digits."""
-        return float(f"{self._forgetting.half_life:.3g}") if self._forgetting is not None else math.inf
+    def _forgetting(self) -> dict[str, float] | None:
+        """The half-life of dated rows in days, to three digits, and what is kept of fits whose rows count so."""
+        found = None if self.prior is None else self.prior.forgetting
+        return None if found is None else {"half_life_days": float(f"{found.half_life:.3g}"), "lasting": found.lasting}
 
     @property
     def verdict(self) -> str:
@@ -113,7 +108,7 @@ class TrainingReport:
             "settings": self.assignment.settings.published(),
             "calibration": None if self.calibration is None else {"logit_scale": self.calibration.scale},
             "lasting": None if self.prior is None else self.prior.lasting,
-            "forgetting": None if self._forgetting is None else {"half_life_days": self._half_life, "lasting": self._forgetting.lasting},
+            "forgetting": self._forgetting,
             "training": {"seconds": self.history.seconds, "restarts": self.history.restarts, **self.history.to_json()},
         }
         if self.comparison is not None:
@@ -195,8 +190,8 @@ class TrainingReport:
         """What is kept of fits, and of those whose rows count by their age."""
         kept = [] if self.prior is None else [("kept of what is found of a user", f"{100 * self.prior.lasting:.0f} %")]
         if self._forgetting is not None:
-            kept.append(("kept where rows count by their age", f"{100 * self._forgetting.lasting:.0f} %"))
-            kept.append(("days after which a row counts half", f"{self._half_life:,g}"))
+            kept.append(("kept where rows count by their age", f"{100 * self._forgetting['lasting']:.0f} %"))
+            kept.append(("days after which a row counts half", f"{self._forgetting['half_life_days']:,g}"))
         return kept
 
     def _ranks(self) -> str:
