@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -165,12 +165,13 @@ def main(
     epochs: Annotated[int, typer.Option(help="Passes of the population stage.")] = 3,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 128,
     only: Annotated[list[str] | None, typer.Option(help="These scenarios.")] = None,
+    undated: Annotated[bool, typer.Option("--undated", help="Nobody knows when rows are from.")] = False,
     language: Annotated[list[str] | None, typer.Option(help="New users of these languages instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """A line a scenario, group of users and guard, over all seeds."""
     began = time.perf_counter()
-    run = Run(data, seeds, users, rows, epochs, max_length)
+    run = Run(data, seeds, users, rows, epochs, max_length, undated)
 
     def tell(name: str, whose: str, figures: dict[str, object]) -> None:
         line = {"scenario": name, "whose": whose, **figures, "seconds": round(time.perf_counter() - began)}
@@ -195,18 +196,24 @@ class Run:
     rows: int
     epochs: int
     max_length: int
+    undated: bool
 
     def scenarios(self, only: list[str] | None) -> Iterator[tuple[str, str, Gains]]:
         """Name, whose gains, gains: of everybody, and of those alone whose rows were spoilt."""
         for spoil in (spoil for spoil in SPOILT if not only or spoil.name in only):
             everybody, hit = Gains(), Gains()
             for seed in range(self.seeds):
-                gains, chosen = spoilt_gains(read(self.data, seed, self.users, self.rows, self.max_length), spoil, seed, self.epochs)
+                gains, chosen = spoilt_gains(self.people(seed), spoil, seed, self.epochs)
                 everybody.extend(gains)
                 hit.extend(gains.of(chosen))
             yield spoil.name, "all", everybody
             if 0 < spoil.share < 1:
                 yield spoil.name, "spoilt", hit
+
+    def people(self, seed: int) -> list[UserRows]:
+        """Everybody of a seed, before some are spoilt."""
+        found = read(self.data, seed, self.users, self.rows, self.max_length)
+        return [replace(user, times=[np.datetime64("NaT", "us")] * len(user.times)) for user in found] if self.undated else found
 
     def languages(self, languages: list[str]) -> Iterator[tuple[str, str, Gains]]:
         """The same for new users of each language, which the population has met or not."""
