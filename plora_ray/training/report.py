@@ -84,7 +84,7 @@ class TrainingReport:
     def _forgetting(self) -> dict[str, float] | None:
         """The half-life of dated rows in days, to three digits, and what is kept of fits whose rows count so."""
         found = None if self.prior is None else self.prior.forgetting
-        return None if found is None else {"half_life_days": float(f"{found.half_life:.3g}"), "lasting": found.lasting}
+        return None if found is None else {"half_life_days": float(f"{found.half_life:.3g}"), "lasting": round(found.lasting, 4)}
 
     @property
     def verdict(self) -> str:
@@ -107,7 +107,7 @@ class TrainingReport:
             "labels": self.assignment.labels.to_json(),
             "settings": self.assignment.settings.published(),
             "calibration": None if self.calibration is None else {"logit_scale": self.calibration.scale},
-            "lasting": None if self.prior is None else self.prior.lasting,
+            "lasting": None if self.prior is None else round(self.prior.lasting, 4),
             "forgetting": self._forgetting,
             "training": {"seconds": self.history.seconds, "restarts": self.history.restarts, **self.history.to_json()},
         }
