@@ -63,7 +63,6 @@ VARIANTS = {
     "four passes": Variant(training={"epochs": 4}),
     "logits as trained": Variant(training={"calibrate": False}),
     "all of a fit lasts": Variant(prior={"lasting": 1.0, "forgetting": None}),
-    "no row is forgotten": Variant(prior={"forgetting": None}),
 }
 
 

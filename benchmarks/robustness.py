@@ -165,7 +165,7 @@ def main(
     epochs: Annotated[int, typer.Option(help="Passes of the population stage.")] = 3,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 128,
     only: Annotated[list[str] | None, typer.Option(help="These scenarios.")] = None,
-    undated: Annotated[bool, typer.Option("--undated", help="Nobody knows when rows are from.")] = False,
+    undated: Annotated[bool, typer.Option("--undated", help="Nobody knows when rows are from; of scenarios.")] = False,
     language: Annotated[list[str] | None, typer.Option(help="New users of these languages instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:

@@ -1,6 +1,6 @@
 """How rows grow old: what a user said years ago tells less of what he will say tomorrow than what he said last week.
 
-    w = 2^(-age / half_life)        counted from the newest rows that are fitted
+    w = 2^(-age / half_life)        counted from the newest rows when it was chosen
 
 Each row's loss counts w in the objective of its user's fit (`problem.py`): exponential forgetting, as recommenders and adaptive filters
 do it (Haykin 2002; Ding and Li 2005). One half-life for all users; `lasting.py` chooses it, or none, on rows that came later.
@@ -8,7 +8,7 @@ do it (Haykin 2002; Ding and Li 2005). One half-life for all users; `lasting.py`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -25,14 +25,18 @@ def days_of(times: Times) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """half_life: days, above zero. lasting: what `UserPrior.lasting` is for rows that count so."""
+    """half_life: days, above zero. newest: day (since 1970, UTC) whose rows count in full, as do later ones and those without a date.
+
+    lasting: what `UserPrior.lasting` is where rows count so.
+    """
 
     half_life: float
+    newest: float
     lasting: float = 1.0
 
-    def weights(self, times: Times, newest: float) -> Tensor:
-        """[rows] in [0, 1], float64: what rows of these times count; in full those without a date, and those of day `newest` or later."""
-        ages = np.clip(newest - days_of(times), 0.0, None)
+    def weights(self, times: Times) -> Tensor:
+        """[rows] in [0, 1], float64: what rows of these times count."""
+        ages = np.clip(self.newest - days_of(times), 0.0, None)
         return torch.from_numpy(np.exp2(-np.nan_to_num(ages) / self.half_life))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -44,4 +48,4 @@ class Forgetting:
         """What `tensors` were made from, other names ignored; None if it isn't among them."""
         if "prior.dated.half_life" not in tensors:
             return None
-        return cls(float(tensors["prior.dated.half_life"]), float(tensors["prior.dated.lasting"]))
+        return cls(**{field.name: float(tensors[f"prior.dated.{field.name}"]) for field in fields(cls)})

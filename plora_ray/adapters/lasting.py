@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from plora_ray.adapters.fit import Linearisation, UserPrior
-from plora_ray.adapters.forgetting import Forgetting
 from plora_ray.adapters.model import Task
 from plora_ray.adapters.problem import FitProblem
 
@@ -51,12 +50,12 @@ def half_lives(typical_age: float) -> list[float]:
     return [math.inf, *(typical_age / rate for rate in RATES if typical_age > 0)]
 
 
-def likeliest(losses: Tensor, half_lives: Sequence[float]) -> tuple[float, Forgetting | None]:
-    """The likeliest share where all rows count the same, and the likeliest half-life with a share of its own; None if that is infinite.
+def likeliest(losses: Tensor, half_lives: Sequence[float]) -> tuple[float, float, float]:
+    """The likeliest share where all rows count the same, and the likeliest half-life, which may be infinite, with a share of its own.
 
     losses: [half_lives, shares], the sums that `share_losses` found, over all ranks. Shares are probably near 1, half-lives long.
     """
     best, places = (losses + (1 - SHARES) ** 2 / (2 * SPREAD**2)).min(dim=1)
     unlikely = torch.tensor([0.0, *(FORGETS + rate for rate in RATES)], dtype=torch.float64)
     chosen, shares = int(torch.argmin(best + unlikely[: len(losses)])), SHARES[places].tolist()
-    return shares[0], Forgetting(half_lives[chosen], shares[chosen]) if chosen else None
+    return shares[0], half_lives[chosen], shares[chosen]

@@ -8,8 +8,8 @@ fit's own without that row. With r and W the gradient and curvature of the row's
 (each of the two times what the row counts, where rows don't count the same), which is exact for a regression (Allen 1974) and close for
 a classification (Rad and Maleki 2020).
 
-A user's gains in nats add up to the logarithm of how much likelier the rows are with the vector than without. That is the whole
-evidence: a spread of gains says little beside it, as many rows lose a trifle and few gain much.
+A user's gains in nats, each times what its row counts, add up to the logarithm of how much likelier the rows are with the vector than
+without. That is the whole evidence: a spread of gains says little beside it, as many rows lose a trifle and few gain much.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from plora_ray.adapters.adam import AdamSteps, UserRows, fit_adam
 from plora_ray.adapters.fit import FittedUsers, Linearisation, UserPrior, solve_users
 from plora_ray.adapters.fit_memory import NEWTON_BLOCK_BYTES, newton_row_bytes, newton_user_bytes
 from plora_ray.adapters.model import Task
-from plora_ray.training.dates import newest_and_typical_age
 from plora_ray.training.passes import FrozenPasses
 from plora_ray.training.rank_rows import RankRows
 
@@ -54,13 +53,11 @@ class LinearRows:
 class NewtonFitter:
     """Posterior modes of user vectors under `prior`, given all of `RankRows.to_fit`, in blocks of users of bounded memory.
 
-    Rows count by their age if the prior says so; then all ranks must make one. guard: users whom their mode harms get the population's
-    vector, which is zero.
+    Rows count by their age if the prior says so. guard: users whom their mode harms get the population's vector, which is zero.
     """
 
     def __init__(self, passes: FrozenPasses, rows: RankRows, prior: UserPrior, task: Task, *, guard: bool = False) -> None:
         self._passes, self._rows, self._prior, self._task = passes, rows, prior.of_dated_rows(), task
-        self._newest = 0.0 if prior.forgetting is None else newest_and_typical_age(rows.times[rows.to_fit(None)])[0]
         self._fallback = torch.zeros(len(prior.mean)) if guard else None
 
     def fit(self, users: np.ndarray) -> FittedUsers:
@@ -78,7 +75,7 @@ class NewtonFitter:
 
     def _weights(self, rows: np.ndarray) -> Tensor | None:
         forgetting = self._prior.forgetting
-        return None if forgetting is None else forgetting.weights(self._rows.times[rows], self._newest)
+        return None if forgetting is None else forgetting.weights(self._rows.times[rows])
 
 
 def newton_blocks(users: np.ndarray, own: np.ndarray, rows: RankRows, dim: int, outputs: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -34,12 +35,13 @@ def with_what_lasts(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task
         if block is None:
             continue
         for place, half_life in enumerate(tried):
-            weights = Forgetting(half_life).weights(rows.times[own], newest)
+            weights = Forgetting(half_life, newest).weights(rows.times[own])
             modes = solve_users(*linear.examples(users, own), prior, task, weights=weights).vectors
             losses[place] += share_losses(*linear.examples(users, later), prior, task, modes)
     dist.all_reduce(losses)
-    lasting, forgetting = likeliest(losses, tried)
-    return replace(prior, lasting=lasting, forgetting=forgetting)
+    share, half_life, own_share = likeliest(losses, tried)
+    newest, _ = newest_and_typical_age(rows.times[rows.to_fit(None)])
+    return replace(prior, lasting=share, forgetting=Forgetting(half_life, newest, own_share) if half_life < math.inf else None)
 
 
 def _judges(rows: RankRows) -> np.ndarray:

@@ -29,19 +29,19 @@ def at(days_before: float) -> np.ndarray:
 @settings(deadline=None)
 @given(st.floats(0.01, 10_000), st.floats(-4000, 40_000))
 def test_a_row_one_half_life_old_counts_half_and_a_newer_one_in_full(half_life: float, days: float) -> None:
-    found = float(Forgetting(half_life).weights(at(days), NEWEST.timestamp() / 86_400))
+    found = float(Forgetting(half_life, NEWEST.timestamp() / 86_400).weights(at(days)))
     assert found == pytest.approx(0.5 ** (max(days, 0.0) / half_life), rel=1e-3, abs=1e-9) and 0 <= found <= 1
 
 
 def test_a_row_that_nobody_dated_counts_in_full() -> None:
     times = np.array([np.datetime64("NaT"), np.datetime64("2024-02-29T12:00")], "datetime64[us]")
     assert np.isnan(days_of(times)[0])
-    assert Forgetting(1.0).weights(times, NEWEST.timestamp() / 86_400).tolist() == [1.0, 0.5]
+    assert Forgetting(1.0, NEWEST.timestamp() / 86_400).weights(times).tolist() == [1.0, 0.5]
 
 
 def test_it_is_kept_with_the_prior_and_a_prior_from_before_forgets_nothing() -> None:
-    named = replace(prior(), forgetting=Forgetting(12.5, 0.75)).tensors()
-    assert UserPrior.from_tensors(named).forgetting == Forgetting(12.5, 0.75)
+    named = replace(prior(), forgetting=Forgetting(12.5, 19_000.25, 0.75)).tensors()
+    assert UserPrior.from_tensors(named).forgetting == Forgetting(12.5, 19_000.25, 0.75)
     assert UserPrior.from_tensors(prior().tensors()).forgetting is None
 
 
@@ -92,11 +92,10 @@ def people_over_time(half_life: float | None, seed: int) -> float:
     times = np.repeat(np.datetime64("2024-01-01", "us") + np.arange(days) * np.timedelta64(1, "D"), people)
     tried, losses = half_lives(7.5), []
     for found in tried:
-        weights = Forgetting(found).weights(times, float(days_of(times).max()))
+        weights = Forgetting(found, float(days_of(times).max())).weights(times)
         modes = solve_users(*problems[0], wide, "regression", weights=weights).vectors
         losses.append(share_losses(*problems[1], wide, "regression", modes))
-    chosen = likeliest(torch.stack(losses), tried)[1]
-    return math.inf if chosen is None else chosen.half_life
+    return likeliest(torch.stack(losses), tried)[1]
 
 
 def test_of_people_who_change_old_rows_are_found_to_count_less_and_of_others_hardly_less() -> None:
@@ -113,6 +112,6 @@ def test_a_half_life_needs_rows_that_speak_for_it_the_more_the_shorter_it_is() -
     for place in (1, 6):
         speaks = losses.clone()
         speaks[place] -= FORGETS + RATES[place - 1] - 0.01
-        assert likeliest(speaks, tried) == (1.0, None)
+        assert likeliest(speaks, tried) == (1.0, math.inf, 1.0)
         speaks[place] -= 0.02
-        assert likeliest(speaks, tried) == (1.0, Forgetting(tried[place], 1.0))
+        assert likeliest(speaks, tried) == (1.0, tried[place], 1.0)

@@ -52,14 +52,14 @@ def test_of_people_who_change_the_share_is_found_that_stays(lasts: float) -> Non
         linear = Linearisation(torch.zeros(DIM), torch.zeros(len(users), 1), jacobian)
         problems.append((linear, torch.arange(len(users)), labels, users, people))
     modes = solve_users(*problems[0], wide, "regression").vectors
-    found, _ = likeliest(share_losses(*problems[1], wide, "regression", modes).unsqueeze(0), [math.inf])
+    found, *_ = likeliest(share_losses(*problems[1], wide, "regression", modes).unsqueeze(0), [math.inf])
     assert found == pytest.approx(lasts, abs=0.06)
 
 
 def test_without_rows_to_say_otherwise_everything_lasts() -> None:
     linear, texts, labels, users = random_problem(0, 3, 20, 3)
     none = share_losses(linear, texts[:0], labels[:0], users[:0], 3, prior(), "classification", torch.randn(3, DIM))
-    assert likeliest(none.unsqueeze(0), [math.inf]) == (1.0, None)
+    assert likeliest(none.unsqueeze(0), [math.inf]) == (1.0, math.inf, 1.0)
 
 
 def test_a_handful_of_rows_moves_the_share_little() -> None:

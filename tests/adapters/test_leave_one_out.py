@@ -44,7 +44,7 @@ def refitted(
     return np.array(gains)
 
 
-@pytest.mark.parametrize(("lasting", "old"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.5)])
+@pytest.mark.parametrize(("lasting", "old"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.5), (0.6, 0.5)])
 @pytest.mark.parametrize(("task", "classes"), [("regression", 1), ("classification", 2), ("classification", 4)])
 def test_what_rows_gain_left_out_is_what_fits_without_them_gain(task: Task, classes: int, lasting: float, old: float) -> None:
     tolerance = 1e-5 if task == "regression" else 0.03

@@ -46,7 +46,7 @@ def test_of_a_new_users_examples_as_much_is_kept_as_lasts_and_all_that_newer_one
 
 def test_a_generation_that_forgets_rows_fits_new_users_examples_as_if_it_did_not(engine: InferenceEngine) -> None:
     assert engine.loaded.prior is not None
-    forgetful = replace(engine.loaded, prior=replace(engine.loaded.prior, forgetting=Forgetting(10.0, 0.3)))
+    forgetful = replace(engine.loaded, prior=replace(engine.loaded.prior, forgetting=Forgetting(10.0, 20_000.0, 0.3)))
     asked = [Examples(TEXTS, ["yes", "no", "yes", "perhaps"]), Examples(TEXTS[:1], ["no"], start=np.full(DIM, 0.7, np.float32))]
     for found, plain in zip(FewShotFitter(forgetful).fit_many(asked), FewShotFitter(engine.loaded).fit_many(asked), strict=True):
         assert np.array_equal(found.vector, plain.vector)

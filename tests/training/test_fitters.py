@@ -17,7 +17,7 @@ from plora_ray.adapters import leave_one_out
 from plora_ray.adapters.adam import AdamSteps
 from plora_ray.adapters.calibration import SCALES, best_scale, scale_losses
 from plora_ray.adapters.fit import UserPrior, solve_users
-from plora_ray.adapters.forgetting import Forgetting
+from plora_ray.adapters.forgetting import Forgetting, days_of
 from plora_ray.adapters.labels import LabelSpace
 from plora_ray.adapters.lasting import SHARES
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
@@ -101,10 +101,10 @@ def test_newton_fits_a_user_on_training_and_validation_rows_together(rows: RankR
     assert torch.allclose(NewtonFitter(passes, rows, PRIOR, "classification").fit(user).vectors, expected.vectors, atol=1e-5)
 
 
-def test_newton_counts_dated_rows_by_their_age_and_keeps_what_lasts_of_such_fits(passes: FrozenPasses, alone: None) -> None:
+def test_newton_counts_dated_rows_by_their_age_and_keeps_what_lasts_of_such_fits(passes: FrozenPasses) -> None:
     old = np.arange(USERS * (USERS + 1) // 2) % 2 == 0
     dated = rows_of(times=np.where(old, np.datetime64("2020-01-01", "us"), np.datetime64("2020-01-11", "us")))
-    forgetful = replace(PRIOR, lasting=0.1, forgetting=Forgetting(5.0, 0.8))
+    forgetful = replace(PRIOR, lasting=0.1, forgetting=Forgetting(5.0, float(days_of(dated.times).max()), 0.8))
     own = np.flatnonzero(dated.row_users == USERS - 1)
     linear, texts = passes.linearise(own, PRIOR.mean)
     problem = linear, texts, dated.labels[own], torch.zeros(len(own), dtype=torch.int64), 1, replace(PRIOR, lasting=0.8), "classification"
@@ -112,6 +112,17 @@ def test_newton_counts_dated_rows_by_their_age_and_keeps_what_lasts_of_such_fits
     found = NewtonFitter(passes, dated, forgetful, "classification").fit(np.array([USERS - 1]))
     assert torch.allclose(found.vectors, expected.vectors, atol=1e-5)
     assert not torch.allclose(found.vectors, solve_users(*problem).vectors, atol=1e-3)
+
+
+def test_what_a_users_rows_count_does_not_depend_on_who_else_is_fitted(passes: FrozenPasses) -> None:
+    years = np.where(np.arange(USERS * (USERS + 1) // 2) >= USERS * (USERS - 1) // 2, 0, 4)  # the last user's rows are the oldest
+    dated = rows_of(times=np.datetime64("2020-01-01", "us") + (365 * years).astype("timedelta64[D]"))
+    forgetful = replace(PRIOR, forgetting=Forgetting(400.0, float(days_of(dated.times).max())))
+    user = np.array([USERS - 1])
+    among_all = NewtonFitter(passes, dated, forgetful, "classification").fit(user).vectors
+    dated.mark_erased({key.tobytes() for key in dated.keys[:-1]})
+    assert torch.allclose(NewtonFitter(passes, dated, forgetful, "classification").fit(user).vectors, among_all, atol=1e-6)
+    assert not torch.allclose(NewtonFitter(passes, dated, PRIOR, "classification").fit(user).vectors, among_all, atol=1e-3)
 
 
 def test_validation_rows_that_are_to_judge_are_not_fitted(rows: RankRows) -> None:

@@ -63,8 +63,8 @@ def judging(index: int, folder: str) -> None:
     rows = rows_of_rank(index)
     found = with_what_lasts(SHARP, OneNumber(), rows, "classification")  # type: ignore[arg-type]
     assert found.forgetting is not None
-    dates = newest_and_typical_age(rows.times)
-    Path(folder, f"found-{index}").write_text(json.dumps([found.lasting, found.forgetting.half_life, found.forgetting.lasting, *dates]))
+    told = [found.lasting, found.forgetting.half_life, found.forgetting.lasting, found.forgetting.newest]
+    Path(folder, f"found-{index}").write_text(json.dumps(told))
     dist.barrier()
     os._exit(0)
 
@@ -96,9 +96,7 @@ def test_ranks_agree_on_what_lasts_and_how_fast_rows_are_forgotten_as_the_rows_o
     lasting, half_life, kept = expected()
     assert half_life < np.inf and lasting < kept, "they have turned round"
     assert found[0][:3] == pytest.approx([lasting, half_life, kept], abs=1e-9)
-    newest, typical_age = found[0][3:]
-    assert newest == (np.datetime64("2024-01-01") - np.datetime64(0, "D")).astype(int) + DAYS - 1
-    assert typical_age == pytest.approx(DAYS / 2, abs=1)
+    assert found[0][3] == (np.datetime64("2024-01-01") - np.datetime64(0, "D")).astype(int) + DAYS - 1, "of the rows to fit"
 
 
 @pytest.fixture
@@ -120,4 +118,4 @@ def test_a_few_wrong_dates_change_nothing_of_the_newest_row_and_the_typical_age(
 def test_rows_of_one_moment_and_rows_without_dates_have_no_age(alone: None) -> None:
     assert newest_and_typical_age(np.full(99_991, np.datetime64("2024-01-01T01:02:03.000457", "us")))[1] == 0.0
     assert newest_and_typical_age(np.full(9, np.datetime64("NaT", "us"))) == (0.0, 0.0)
-    assert Forgetting(np.inf).weights(np.array(["2024-01-01"], "datetime64[us]"), 0.0).tolist() == [1.0]
+    assert Forgetting(np.inf, 0.0).weights(np.array(["2024-01-01"], "datetime64[us]")).tolist() == [1.0]

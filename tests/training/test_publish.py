@@ -139,8 +139,8 @@ def test_a_generation_with_every_planned_user_is_published_with_its_report(job: 
     [
         (None, (None, None)),
         (replace(PRIOR, lasting=0.75), (0.75, None)),
-        (replace(PRIOR, forgetting=Forgetting(1206.98, 0.9)), (1.0, {"half_life_days": 1210.0, "lasting": 0.9})),
-        (replace(PRIOR, forgetting=Forgetting(1 / 24)), (1.0, {"half_life_days": 0.0417, "lasting": 1.0})),
+        (replace(PRIOR, forgetting=Forgetting(1206.98, 16_000.0, 0.9)), (1.0, {"half_life_days": 1210.0, "lasting": 0.9})),
+        (replace(PRIOR, forgetting=Forgetting(1 / 24, 16_000.0)), (1.0, {"half_life_days": 0.0417, "lasting": 1.0})),
     ],
 )
 def test_the_report_says_what_lasts_and_how_fast_rows_are_forgotten(
