@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from plora_ray.adapters import leave_one_out
 from plora_ray.adapters.adam import AdamSteps
@@ -184,14 +182,6 @@ def test_only_texts_that_several_rows_to_fit_have_are_kept(rows: RankRows, passe
     shared = {int(rows.texts[held[0]]) for held in by_tokens.values() if len(held) > 1}
     assert set(passes._cache) == shared and 0 < len(shared) < len(by_tokens)
     assert all(len(set(rows.texts[held])) == 1 for held in by_tokens.values()) and len(set(rows.texts[train])) == len(by_tokens)
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of one rank."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "rendezvous"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("average", [None, torch.arange(DIM, dtype=torch.float64)])

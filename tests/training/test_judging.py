@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -97,13 +96,6 @@ def test_ranks_agree_on_what_lasts_and_how_fast_rows_are_forgotten_as_the_rows_o
     assert half_life < np.inf and lasting < kept, "they have turned round"
     assert found[0][:3] == pytest.approx([lasting, half_life, kept], abs=1e-9)
     assert found[0][3] == (np.datetime64("2024-01-01") - np.datetime64(0, "D")).astype(int) + DAYS - 1, "of the rows to fit"
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "rendezvous"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_a_few_wrong_dates_change_nothing_of_the_newest_row_and_the_typical_age(alone: None) -> None:
