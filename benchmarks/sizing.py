@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 
 from benchmarks.figures import Figure, spread
-from benchmarks.population import UserRows, join_alone, train_population
+from benchmarks.population import UNDATED, UserRows, join_alone, train_population
 from benchmarks.step import MODEL, OUTPUTS, ROWS, TOKENS, PersonalStep
 from plora_ray.adapters.model import AdapterSpec, PersonalizedModel
 
@@ -62,7 +61,7 @@ def fitted_row() -> Figure:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20_000, (USERS, ROWS_PER_USER, TOKENS), generator=generator).tolist()
     labels = ["a", "b"] * (ROWS_PER_USER // 2)
-    users = [UserRows(rows, labels, [0] * ROWS_PER_USER, [np.datetime64("NaT", "us")] * ROWS_PER_USER) for rows in ids]
+    users = [UserRows(rows, labels, [0] * ROWS_PER_USER, [UNDATED] * ROWS_PER_USER) for rows in ids]
     population = train_population(users, epochs=1, seed=0)
     return core_seconds("core_s_per_fitted_row", lambda: population.fit(users), USERS * ROWS_PER_USER, rounds=3)
 

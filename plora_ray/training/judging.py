@@ -34,14 +34,16 @@ def with_what_lasts(prior: UserPrior, passes: FrozenPasses, rows: RankRows, task
         linear = LinearRows.at(prior.mean, np.union1d(own, later), passes, rows)
         if block is None:
             continue
+        fitted, judged, times = linear.examples(users, own), linear.examples(users, later), rows.times[own]
         for place, half_life in enumerate(tried):
-            weights = Forgetting(half_life, newest).weights(rows.times[own])
-            modes = solve_users(*linear.examples(users, own), prior, task, weights=weights).vectors
-            losses[place] += share_losses(*linear.examples(users, later), prior, task, modes)
+            modes = solve_users(*fitted, prior, task, weights=Forgetting(half_life, newest).weights(times)).vectors
+            losses[place] += share_losses(*judged, prior, task, modes)
     dist.all_reduce(losses)
-    share, half_life, own_share = likeliest(losses, tried)
-    newest, _ = newest_and_typical_age(rows.times[rows.to_fit(None)])
-    return replace(prior, lasting=share, forgetting=Forgetting(half_life, newest, own_share) if half_life < math.inf else None)
+    lasting, half_life, lasting_then = likeliest(losses, tried)
+    if half_life == math.inf:
+        return replace(prior, lasting=lasting)
+    newest_to_fit, _ = newest_and_typical_age(rows.times[rows.to_fit(None)])
+    return replace(prior, lasting=lasting, forgetting=Forgetting(half_life, newest_to_fit, lasting_then))
 
 
 def _judges(rows: RankRows) -> np.ndarray:
