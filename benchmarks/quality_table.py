@@ -80,9 +80,11 @@ def lines_of(
 
 
 def lines_of_runs(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`lines_of` seeds as benchmarks.quality keeps them."""
+    """`lines_of` seeds as benchmarks.quality keeps them. rates: of a baseline whose learning rate was chosen, the factor of each seed."""
     points = [[Point.from_json(point) for point in run["points"]] for run in runs]
-    return lines_of(points, [run["costs"] for run in runs], [run["calibrations"] for run in runs])
+    lines = lines_of(points, [run["costs"] for run in runs], [run["calibrations"] for run in runs])
+    tried = [run.get("rates", {}) for run in runs]
+    return [{**line, "rates": [found[line["predictor"]]["taken"] for found in tried if line["predictor"] in found]} for line in lines]
 
 
 def over_population(name: str, predicted: dict[str, Floats], labels: Ints, users: Ints) -> dict[str, float]:
@@ -149,6 +151,9 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
     for name, (cost, ms) in costs.items():
         counts = f"{cost['parameters_per_user']:,} | {cost['parameters_in_all']:,} | {cost['stored_bytes'] / 1e6:.2f}"
         parts.append(f"| {name} | {counts} | {ms:.1f} |")
+    taken = {line["predictor"]: ", ".join(f"{factor:g}" for factor in line["rates"]) for line in lines if line.get("rates")}
+    if taken:
+        parts.append("\nLearning rates, times the usual, by seed: " + "; ".join(f"{name} {told}" for name, told in taken.items()) + ".")
     return "\n".join(parts)
 
 

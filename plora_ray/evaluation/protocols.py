@@ -191,7 +191,7 @@ class _Run:
                 rows_per_user=rows.train_rows / max(len(rows.keys), 1),
             ),
             predictor_costs=predictor_costs,
-            calibrations=self.panel.calibrations,
+            calibrations=self.panel.calibrations, rates=self.panel.rates,
         )  # fmt: skip
 
     @cached_property

@@ -31,6 +31,7 @@ from plora_ray.evaluation.page import (
 from plora_ray.evaluation.plots import few_shot_curves, gain_histograms, gain_over_time
 from plora_ray.evaluation.predictor_cost import PredictorCost
 from plora_ray.evaluation.rivals.calibrations import RivalCalibration
+from plora_ray.evaluation.rivals.rates import TriedRates
 from plora_ray.evaluation.verdict import verdict
 
 GAIN_PLOT, FEW_PLOT, TIME_PLOT = "gain_per_user.png", "few_shot.png", "gain_over_time.png"
@@ -71,7 +72,8 @@ class ProtocolResult:
 class Evaluation:
     """Everything a report says. data: what was measured on, as plain values. costs: of a million users, if there are prices.
 
-    predictor_costs: by predictor, if any of them was trained. calibrations: by trained baseline that was calibrated.
+    predictor_costs: by predictor, if any of them was trained. calibrations: by trained baseline that was calibrated. rates: by
+    trained baseline whose learning rate was chosen among several.
     """
 
     generation: str
@@ -82,6 +84,7 @@ class Evaluation:
     costs: CostPage | None = None
     predictor_costs: Mapping[str, PredictorCost] = field(default_factory=dict)
     calibrations: Mapping[str, RivalCalibration] = field(default_factory=dict)
+    rates: Mapping[str, TriedRates] = field(default_factory=dict)
 
     def comparisons(self, protocol: str) -> Sequence[Comparison]:
         """The protocol's comparisons; none if it was skipped or not asked for."""
@@ -102,6 +105,7 @@ class Evaluation:
             **({"costs": self.costs.to_json()} if self.costs else {}),
             "predictor_costs": {name: cost.to_json() for name, cost in self.predictor_costs.items()},
             "calibrations": {name: asdict(found) for name, found in self.calibrations.items()},
+            "baseline_rates": {name: tried.to_json() for name, tried in self.rates.items()},
         }
 
 
@@ -135,7 +139,8 @@ def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
     sections = [_section(result, pictures) for result in evaluation.results]
     measured = [comparison for result in evaluation.results for comparison in result.comparisons]
     trained = evaluation.predictor_costs
-    spent = f"<h2>What the predictors cost</h2>\n{costs_table(trained, measured[0])}{_scales(evaluation)}" if trained else ""
+    notes = f"{_scales(evaluation)}{_rates(evaluation)}"
+    spent = f"<h2>What the predictors cost</h2>\n{costs_table(trained, measured[0])}{notes}" if trained else ""
     data = table([], [[name.replace("_", " "), _plain(value)] for name, value in evaluation.data.items()])
     return page(
         f"Evaluation of generation {evaluation.generation}",
@@ -152,6 +157,15 @@ def _scales(evaluation: Evaluation) -> str:
     scales = {name: (found.known.scale, found.new.scale) for name, found in evaluation.calibrations.items()}
     shown = ", ".join(f"{PREDICTORS[name]} {known:.2f} and {new:.2f}" for name, (known, new) in scales.items())
     told = f"Trained baselines are calibrated: validation rows chose the scales of their logits for known and for new users ({shown})."
+    return f"<p>{escape(told)}</p>"
+
+
+def _rates(evaluation: Evaluation) -> str:
+    if not evaluation.rates:
+        return ""
+    shown = ", ".join(f"{PREDICTORS[name]} {tried.taken:g}" for name, tried in evaluation.rates.items())
+    factors = " or ".join(f"{factor:g}" for factor in next(iter(evaluation.rates.values())).losses)
+    told = f"Trained baselines learn at the rate that suits them: validation rows chose {factors} times the usual one ({shown})."
     return f"<p>{escape(told)}</p>"
 
 

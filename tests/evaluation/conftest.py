@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,13 @@ class World:
 
     def with_data(self, **values: object) -> Settings:
         return self.settings.model_copy(update={"data": self.settings.data.model_copy(update=values)})
+
+    def with_validation_rows(self, folder: Path) -> tuple[Settings, list[dict[str, Any]]]:
+        """Settings for a copy of the data in `folder` where two of three training rows are validation rows, and its rows."""
+        rows = [json.loads(line) for line in self.data.read_text().splitlines()]
+        rows = [{**row, "split": "validation"} if place % 3 and row["split"] == "train" else row for place, row in enumerate(rows)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return self.with_data(source=str(folder / "rows.jsonl")), rows
 
 
 def save_tiny_bert(folder: Path) -> Path:

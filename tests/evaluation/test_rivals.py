@@ -228,11 +228,9 @@ def test_a_report_has_each_trained_baseline_with_its_parameters_and_latency_and_
 
 
 def test_every_trained_baseline_is_calibrated_on_validation_rows_as_the_generation_is(world: World, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in world.data.read_text().splitlines()]
-    held_out = [{**row, "split": "validation"} if place % 3 and row["split"] == "train" else row for place, row in enumerate(lines)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    watched, held_out = world.with_validation_rows(tmp_path)
     loaded, settings = load_generation(world.store), settings_of(world)
-    settings = settings.model_copy(update={"data": world.with_data(source=str(tmp_path / "rows.jsonl")).data})
+    settings = settings.model_copy(update={"data": watched.data})
     found = {}
     with Stages() as stages:
         stages.begin("reading", 0)

@@ -38,7 +38,8 @@ class UserIdentifier:
 
     def __init__(self, setup: RivalSetup, make_trainable: Callable[[Any], nn.Module], learning_rate: float | None) -> None:
         self._setup = setup
-        self._course = setup.course if learning_rate is None else replace(setup.course, learning_rate=learning_rate)
+        own = setup.course.learning_rate if learning_rate is None else learning_rate * setup.rate_factor
+        self._course = replace(setup.course, learning_rate=own)
         self._model = build(setup, make_trainable)
 
     def fit(self, rows: LabelledTexts, advance: Advance) -> None:

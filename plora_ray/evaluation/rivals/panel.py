@@ -17,6 +17,7 @@ from plora_ray.evaluation.predictor_cost import PredictorCost, sampled, seconds_
 from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.rivals.calibrations import RivalCalibration
 from plora_ray.evaluation.rivals.course import Course
+from plora_ray.evaluation.rivals.rates import BestRate, TriedRates
 from plora_ray.evaluation.rivals.registry import SHUFFLED, build_rivals
 from plora_ray.evaluation.rivals.rival import Rival, RivalSetup
 from plora_ray.evaluation.rows import EvaluationRows
@@ -27,13 +28,15 @@ from plora_ray.inference import LoadedGeneration
 class RivalPanel:
     """names: of registry.RIVALS; none is fine. Raises DataError if there are no rows to train on.
 
-    calibrations: by name, of the rivals, on validation rows; what the job has trained it has calibrated itself.
+    calibrations: by name, of the rivals, on validation rows; what the job has trained it has calibrated itself. rates: by name, of
+    those whose learning rate was chosen.
     """
 
     def __init__(self, names: Sequence[str], settings: Settings, loaded: LoadedGeneration, rows: EvaluationRows, stages: Stages) -> None:
         self._loaded, self._rows, self._stages = loaded, rows, stages
         self._rivals: Mapping[str, Rival] = {}
         self.calibrations: dict[str, RivalCalibration] = {}
+        self.rates: dict[str, TriedRates] = {}
         if not names:
             return
         if rows.training is None or not len(rows.training.users):
@@ -41,8 +44,11 @@ class RivalPanel:
         self._rivals = build_rivals(names, setup_of(settings, loaded, rows))
         calibrates = settings.training.calibrate and settings.task == "classification"
         for name, rival in self._rivals.items():
-            stages.begin(f"training {name}", len(rows.training.texts) * settings.training.epochs)
+            times = len(settings.evaluation.baseline_rates) if isinstance(rival, BestRate) else 1
+            stages.begin(f"training {name}", len(rows.training.texts) * settings.training.epochs * times)
             rival.fit(rows.training, stages.advance)
+            if isinstance(rival, BestRate):
+                self.rates[name] = rival.tried
             if calibrates and name != SHUFFLED and rows.validation is not None and len(rows.validation.users):
                 self.calibrations[name] = RivalCalibration.of(rival, loaded.labels, rows.training, rows.validation)
 

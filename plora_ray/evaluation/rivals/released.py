@@ -46,7 +46,7 @@ AS_RELEASED = Recipe(2e-6, 0.0, MutualInformation(0.0), 16)
 def end_to_end(setup: RivalSetup) -> Recipe:
     """Both of the paper's terms, at the generation's own learning rate and batches: the released rate needs tens of passes."""
     training = setup.settings.training
-    return Recipe(training.learning_rate, training.user_dropout, MutualInformation(0.1), training.batch_rows)
+    return Recipe(setup.course.learning_rate, training.user_dropout, MutualInformation(0.1), training.batch_rows)
 
 
 class ReleasedPlora:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -33,7 +33,8 @@ class RivalSetup:
 
     encode: texts to token ids. ordinary_tokens: ids of the tokens that aren't special; leading: how many special tokens a text
     begins with. longest: tokens that the model can read at once. keys: by user number, a stable key without the user's name.
-    validation: rows of the same users that nothing is learnt from, to calibrate by.
+    validation: rows of the same users that nothing is learnt from, to calibrate by. rate_factor: what rivals with a learning rate of
+    their own multiply it by; the course's has been.
     """
 
     settings: Settings
@@ -48,6 +49,12 @@ class RivalSetup:
     longest: int
     keys: Sequence[bytes]
     validation: LabelledTexts
+    rate_factor: float = 1.0
+
+    def at(self, factor: float) -> RivalSetup:
+        """The same at `factor` times the learning rate."""
+        course = replace(self.course, learning_rate=self.course.learning_rate * factor)
+        return replace(self, course=course, rate_factor=self.rate_factor * factor)
 
     def targets(self, rows: LabelledTexts) -> Tensor:
         """Class indices or standardised values [rows]."""
