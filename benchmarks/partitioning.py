@@ -115,7 +115,7 @@ def measure(size: str, source: Path, destination: Path) -> Run:
     with ray_cluster(cpus=2), sampled() as peaks:
         began = time.monotonic()
         stats: PartitionStats = partition_rows(
-            settings, "classification", str(destination), partitions, b"a benchmark's secret", resolve_model(MODEL), 64, 0, units=units
+            settings, "classification", str(destination), partitions, b"a benchmark's secret", resolve_model(MODEL), 64, units=units
         )
         seconds = time.monotonic() - began
     shutil.rmtree(destination)

@@ -62,7 +62,14 @@ class LabelSpace:
             values = torch.tensor([_number(label) for label in labels], dtype=torch.float64)
             return ((values - self.mean) / self.std).float()
         index = {name: position for position, name in enumerate(self.classes)}
-        return torch.tensor([_lookup(index, label) for label in labels], dtype=torch.int64)
+        unknown = next((str(label) for label in labels if str(label) not in index), None)
+        if unknown is not None:
+            raise DataError(self.not_one(unknown))
+        return torch.tensor([index[str(label)] for label in labels], dtype=torch.int64)
+
+    def not_one(self, label: str) -> str:
+        """What is wrong with a label that no class is named by."""
+        return f"label {label[:80]!r} is not one of this model's: {', '.join(self.classes[:20])}"
 
     def decode(self, logits: Tensor) -> list[Prediction]:
         """Predictions of logits [rows, outputs]; probabilities are softmax(logits)."""
@@ -72,13 +79,6 @@ class LabelSpace:
         return [
             Prediction(self.classes[max(range(len(row)), key=row.__getitem__)], dict(zip(self.classes, row, strict=True))) for row in rows
         ]
-
-
-def _lookup(index: dict[str, int], label: object) -> int:
-    name = str(label)
-    if name not in index:
-        raise DataError(f"label {name[:80]!r} is not one of this model's: {', '.join(list(index)[:20])}")
-    return index[name]
 
 
 def _number(label: object) -> float:

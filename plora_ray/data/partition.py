@@ -50,7 +50,6 @@ def partition_rows(
     secret: bytes,
     tokenizer_path: str,
     max_length: int,
-    seed: int,
     progress: Callable[[PartitionProgress], None] | None = None,
     storage_options: dict[str, Any] | None = None,
     units: list[ReadUnit] | None = None,
@@ -72,7 +71,7 @@ def partition_rows(
     units = retrying(retry_s)(list_units, settings) if units is None else units
     # A name of its own, so that a task which outlived an earlier attempt can't write among this one's fragments.
     fragments = f"fragments-{uuid4().hex}"
-    job = PartitionJob(settings, task, objects, fragments, partitions, tokenizer_path, max_length, seed, secret)
+    job = PartitionJob(settings, task, objects, fragments, partitions, tokenizer_path, max_length, secret)
     digest = _digest(job, units)
     finished = read_done(objects, digest)
     if finished is not None:
@@ -172,7 +171,7 @@ def _digest(job: PartitionJob, units: list[ReadUnit]) -> str:
     tokenizer = load_tokenizer(job.tokenizer_path)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     vocabulary_digest = hashlib.blake2b(vocabulary.encode("utf-8"), digest_size=16).hexdigest()
-    identity = json.dumps([fingerprint(job.settings, units), job.task, job.partitions, vocabulary_digest, job.max_length, job.seed])
+    identity = json.dumps([fingerprint(job.settings, units), job.task, job.partitions, vocabulary_digest, job.max_length])
     return hashlib.blake2b(identity.encode("utf-8"), key=job.secret, digest_size=16).hexdigest()
 
 

@@ -50,7 +50,6 @@ class PartitionJob:
     partitions: int
     tokenizer_path: str
     max_length: int
-    seed: int
     secret: bytes = field(repr=False)
 
 
@@ -87,7 +86,7 @@ def fragment_unit(job: PartitionJob, item: str) -> str:
 
 
 def _fragment(job: PartitionJob, unit: ReadUnit, index: int) -> UnitResult:
-    settings, rules, division = job.settings, job.settings.row_rules(job.task), job.settings.split_rules(job.seed)
+    settings, rules, division = job.settings, job.settings.row_rules(job.task), job.settings.split_rules()
     writer = FragmentWriter(job.destination, job.fragments, index, job.task, job.partitions)
     result = UnitResult(unit=index)
     skipped: Counter[str] = Counter()

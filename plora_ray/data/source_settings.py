@@ -54,8 +54,8 @@ class ColumnMapping(BaseModel):
 class SourceSettings(BaseModel):
     """The settings under `data:`. Only rows whose columns equal all of `filter` are kept.
 
-    The fractions divide the texts when the source has no split column; `split_times` divides the rows by their timestamps instead,
-    whatever a split column says. `storage_options` go to the file system (fsspec).
+    The fractions divide the texts when the source has no split column, by a draw that `split_seed` names; `split_times` divides the rows
+    by their timestamps instead, whatever a split column says. `storage_options` go to the file system (fsspec).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +66,7 @@ class SourceSettings(BaseModel):
     on_bad_row: Literal["stop", "skip"] = "stop"
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     test_fraction: float = Field(0.1, ge=0, lt=1)
+    split_seed: int = Field(0, ge=0, lt=2**63)
     split_times: SplitTimes | None = None
     max_text_chars: int = Field(20_000, ge=1)
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
@@ -94,6 +95,6 @@ class SourceSettings(BaseModel):
         """What its rows must satisfy."""
         return RowRules(task, self.max_text_chars, dated=self.split_times is not None)
 
-    def split_rules(self, seed: int) -> SplitRules:
+    def split_rules(self) -> SplitRules:
         """How its rows are divided where it doesn't say so itself."""
-        return SplitRules(seed, self.validation_fraction, self.test_fraction, self.split_times)
+        return SplitRules(self.split_seed, self.validation_fraction, self.test_fraction, self.split_times)

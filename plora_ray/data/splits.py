@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import re
+import unicodedata
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -13,6 +15,7 @@ from plora_ray.data.rows import Row, RowProblem, SplitName, canonical_timestamp
 
 LEAST_SECONDS = 10**8  # smaller numbers are years, or dates without their dashes
 _WORDS = re.compile(r"\w+")
+_MARKUP = re.compile(r"<[a-z/!][^<>]*>|(?:https?://|www\.)\S+|(?<!\w)@\w+", re.IGNORECASE)  # tags, addresses, who is spoken to
 
 
 class SplitTimes(BaseModel):
@@ -62,7 +65,7 @@ class SplitRules:
 
 
 def split_by_text(text: str, seed: int, validation_fraction: float, test_fraction: float) -> SplitName:
-    """The split of a text by a hash of its words and `seed`: texts that differ only in case, spaces or punctuation stay together."""
+    """The split of a text by a hash of its words and `seed`: texts that differ only in what `hash_of_words` leaves out stay together."""
     share = hash_of_words(text, seed) / 2**64
     if share < test_fraction:
         return "test"
@@ -70,7 +73,8 @@ def split_by_text(text: str, seed: int, validation_fraction: float, test_fractio
 
 
 def hash_of_words(text: str, seed: int) -> int:
-    """64 bits, the same for texts that differ only in case, spaces or punctuation."""
-    words = " ".join(_WORDS.findall(text.casefold())) or text
+    """64 bits, the same for texts that differ only in case, spaces, punctuation, markup, web addresses, @names or Unicode's forms."""
+    plain = unicodedata.normalize("NFKC", _MARKUP.sub(" ", html.unescape(text))).casefold()
+    words = " ".join(_WORDS.findall(plain)) or text
     digest = hashlib.blake2b(words.encode("utf-8"), key=seed.to_bytes(8, "big", signed=True), digest_size=8).digest()
     return int.from_bytes(digest, "big")

@@ -35,6 +35,7 @@ from plora_ray.evaluation.rivals.panel import RivalPanel
 from plora_ray.evaluation.rivals.registry import RIVALS, check_installed
 from plora_ray.evaluation.rows import EvaluationRows, encode_labels, read_rows
 from plora_ray.evaluation.scoring import TextScorer, predictions
+from plora_ray.evaluation.trained_split import check_split
 from plora_ray.inference import Examples, FewShotFitter, InferenceEngine, LoadedGeneration, load_generation
 from plora_ray.opening import open_store
 from plora_ray.sizing import load_prices
@@ -57,7 +58,8 @@ def evaluate_store(
     without test rows is reported as skipped.
     on_rows: told of every comparison: its protocol, examples, predictions (see `compare`), labels [rows] and users' numbers [rows].
     shots: numbers of examples that `few` asks about.
-    Raises ConfigError for unknown names, DataError if nothing could be evaluated, StoreError and ModelError on loading.
+    Raises ConfigError for unknown names and for rows divided otherwise than in training, DataError if nothing could be evaluated,
+    StoreError and ModelError on loading.
     """
     protocols = _chosen_protocols(protocol, dated=settings.data.split_times is not None)
     _check_baselines(baselines)
@@ -77,8 +79,10 @@ def evaluate_store(
         stages.begin("reading units of data", 0)
         rows = read_rows(
             settings.data, store, loaded.reader, loaded.labels,
-            seed=settings.training.seed, examples_kept=max(shots), on_unit=stages.at, keep_training=bool(rivals),
+            examples_kept=max(shots), on_unit=stages.at, keep_training=bool(rivals),
         )  # fmt: skip
+        if rows.divided:
+            check_split(store, loaded.name, settings.data)
         engine = InferenceEngine(loaded, batch_tokens=_batch_tokens(settings, loaded), batch_rows=settings.serving.batch_rows)
         try:
             panel = RivalPanel(rivals, settings, loaded, rows, stages)
@@ -183,6 +187,7 @@ class _Run:
                 "users_unknown": int((~rows.known).sum()),
                 "users_erased_and_left_out": rows.erased_users,
                 "bad_rows_skipped": rows.bad_rows,
+                "split_seed": data.split_seed,
                 "seed": self.settings.training.seed,
             },
             results=tuple(results),

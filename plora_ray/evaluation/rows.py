@@ -12,7 +12,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 import numpy as np
@@ -40,11 +40,13 @@ class EvaluationRows:
     """Test rows and what may be known beside them. Row i is text `row_texts[i]` of user `row_users[i]`.
 
     texts: different texts of test rows. labels: [rows] class indices, or values of a regression. keys, known: by user, his
-    key and whether the generation trained an adapter for him. history: the labels of all training rows. examples: by user
-    outside the generation, up to `examples_kept` training rows (text, label) in an order drawn by the seed. groups: names of the
+    key and whether the generation trained an adapter for him. history: the labels of training rows of the generation's users (of all
+    users if the data has none of those). examples: by user outside the generation, up to `examples_kept` training rows (text, label) in an
+    order drawn for each user. groups: names of the
     groups that test rows belong to; row_groups: [rows] index into them, -1 for none. row_times: [rows] in UTC, NaT where not given.
     training, validation: those rows of the generation's users, if they were asked for. learnt_texts: how many test rows have a text that
-    training rows have, too, but for case, spaces and punctuation. digest: 16 hex digits of the test rows' texts and labels, in any order.
+    training or validation rows have, too (`hash_of_words`). digest: 16 hex digits of what is asked: every user's test rows and examples,
+    and whether the generation knows him, in any order and without names. divided: whether the settings made rows test rows.
     """
 
     texts: list[str]
@@ -65,6 +67,7 @@ class EvaluationRows:
     validation: LabelledTexts | None = None
     learnt_texts: int = 0
     digest: str = ""
+    divided: bool = False
 
 
 def read_rows(
@@ -73,20 +76,19 @@ def read_rows(
     reader: GenerationReader,
     labels: LabelSpace,
     *,
-    seed: int,
     examples_kept: int,
     on_unit: OnUnit,
     keep_training: bool = False,
 ) -> EvaluationRows:
-    """Read the whole source once. `seed` is training's: it decides which texts are test texts where no split column does.
-    keep_training: keep the training and validation rows of the generation's users, all of them in memory.
+    """Read the whole source once. keep_training: keep the training and validation rows of the generation's users, all of them in memory.
 
-    Raises DataError for an unusable source, bad rows (unless they are skipped) and labels the generation doesn't know.
+    A row with a label that the generation doesn't know is a bad row. Raises DataError for an unusable source and for bad rows (unless
+    they are skipped).
     """
-    collector = _Collector(store, reader, seed, examples_kept, keep_training)
+    collector = _Collector(store, reader, settings.split_seed, examples_kept, keep_training)
     bad: list[BadRow] = []
     with_split: set[bool] = set()
-    units, division = list_units(settings), settings.split_rules(seed)
+    units, division = list_units(settings), settings.split_rules()
     for done, unit in enumerate(units, start=1):
         for checked, has_split in _checked(unit, settings, labels):
             if isinstance(checked, BadRow):
@@ -101,15 +103,21 @@ def read_rows(
         raise DataError(_describe(bad))
     if len(with_split) == 2:
         raise DataError(f"some files of {settings.shown} have a split column, others don't: give it in all or set columns.split: null")
-    return collector.finish(labels, bad_rows=len(bad))
+    divided = settings.split_times is not None or with_split == {False}
+    return replace(collector.finish(labels), bad_rows=len(bad), divided=divided)
 
 
 def _checked(unit: ReadUnit, settings: SourceSettings, labels: LabelSpace) -> Iterator[tuple[Row | BadRow, bool]]:
     """Every row of a unit, and whether the unit says itself which split a row is in."""
-    rules = settings.row_rules(labels.task)
+    rules, classes = settings.row_rules(labels.task), frozenset(labels.classes)
     for raw in read_unit(unit, settings):
         for checked in rules.check(raw):
-            yield (checked if isinstance(checked, BadRow) else checked[1]), raw.splits is not None
+            if isinstance(checked, BadRow):
+                yield checked, raw.splits is not None
+                continue
+            number, row = checked
+            unknown = labels.task == "classification" and row.label not in classes
+            yield (BadRow(raw.file, number, labels.not_one(str(row.label))) if unknown else row), raw.splits is not None
 
 
 def _describe(bad: Sequence[BadRow]) -> str:
@@ -123,16 +131,16 @@ class _Collector:
 
     store: AdapterStore
     reader: GenerationReader
-    seed: int
+    split_seed: int
     examples_kept: int
     keep_training: bool
     rows: int = 0
     train_rows: int = 0
     _training: list[tuple[int, str, str | float]] = field(default_factory=list)
     _validation: list[tuple[int, str, str | float]] = field(default_factory=list)
-    _train_words: array[int] = field(default_factory=lambda: array("Q"))
+    _learnt_words: array[int] = field(default_factory=lambda: array("Q"))
     _test_words: array[int] = field(default_factory=lambda: array("Q"))
-    _digest: int = 0
+    _asked: Counter[int] = field(default_factory=Counter)  # by user, the sum of the digests of his test rows
     _users: dict[str, int | None] = field(default_factory=dict)  # None: erased, so nothing of his is looked at
     _keys: list[bytes] = field(default_factory=list)
     _known: list[bool] = field(default_factory=list)
@@ -149,10 +157,9 @@ class _Collector:
         user = self._user(row.user_id)
         if user is None:
             return
+        (self._test_words if split == "test" else self._learnt_words).append(hash_of_words(row.text, self.split_seed))
         if split == "test":
-            self._test_words.append(hash_of_words(row.text, self.seed))
-            own = hashlib.blake2b(json.dumps([row.text, row.label]).encode(), digest_size=8).digest()
-            self._digest = (self._digest + int.from_bytes(own, "big")) % 2**64
+            self._asked[user] += _digest_of("test", row.text, row.label)
             self._tests.append((self._texts.setdefault(row.text, len(self._texts)), user, row.label))
             self._test_groups.append(-1 if row.group is None else self._groups.setdefault(row.group, len(self._groups)))
             self._test_times.append(None if row.timestamp is None else row.timestamp.replace(tzinfo=None))
@@ -160,7 +167,6 @@ class _Collector:
                 raise DataError(f"columns.group has more than {MOST_GROUPS} different values: name a column of few, or none")
         elif split == "train":
             self.train_rows += 1
-            self._train_words.append(hash_of_words(row.text, self.seed))
             self._history[user, row.label] += 1
             if not self._known[user]:
                 self._offer_example(user, row)
@@ -169,8 +175,7 @@ class _Collector:
         elif self.keep_training and self._known[user]:
             self._validation.append((user, row.text, row.label))
 
-    def finish(self, labels: LabelSpace, *, bad_rows: int) -> EvaluationRows:
-        encode_labels([label for *_, label in self._validation], labels)  # refused now, not when a baseline has been trained for hours
+    def finish(self, labels: LabelSpace) -> EvaluationRows:
         return EvaluationRows(
             texts=list(self._texts),
             row_texts=np.array([text for text, _, _ in self._tests], np.int64),
@@ -182,14 +187,14 @@ class _Collector:
             examples={user: [(text, label) for *_, text, label in sorted(kept, reverse=True)] for user, kept in self._examples.items()},
             train_rows=self.train_rows,
             erased_users=sum(user is None for user in self._users.values()),
-            bad_rows=bad_rows,
+            bad_rows=0,
             groups=list(self._groups),
             row_groups=np.array(self._test_groups, np.int64),
             row_times=np.array(self._test_times, "datetime64[us]"),
             training=LabelledTexts.of_rows(self._training) if self.keep_training else None,
             validation=LabelledTexts.of_rows(self._validation) if self.keep_training else None,
-            learnt_texts=int(np.isin(self._test_words, self._train_words).sum()),
-            digest=f"{self._digest:016x}",
+            learnt_texts=int(np.isin(self._test_words, self._learnt_words).sum()),
+            digest=self._digest(),
         )
 
     def _user(self, user_id: str) -> int | None:
@@ -204,25 +209,36 @@ class _Collector:
         return self._users[user_id]
 
     def _offer_example(self, user: int, row: Row) -> None:
-        """Keep the rows whose hash is smallest: a draw that doesn't depend on the order of the source, which may be by label."""
-        digest = hashlib.blake2b(row.text.encode("utf-8"), key=self.seed.to_bytes(8, "big"), digest_size=8).digest()
+        """Keep the rows whose hash is smallest: a draw that doesn't depend on the order of the source, which may be by label, and that is
+        each user's own where users share texts."""
         kept = self._examples.setdefault(user, [])
-        entry = (-int.from_bytes(digest, "big"), -self.rows, row.text, row.label)
+        entry = (-_digest_of(self.split_seed, row.user_id, row.text), -self.rows, row.text, row.label)
         if len(kept) < self.examples_kept:
             heapq.heappush(kept, entry)
         else:
             heapq.heappushpop(kept, entry)
 
+    def _digest(self) -> str:
+        seen = {user: sum(_digest_of("example", text, label) for *_, text, label in kept) for user, kept in self._examples.items()}
+        people = sorted([self._asked[user] % 2**64, seen.get(user, 0) % 2**64, self._known[user]] for user in self._asked)
+        return f"{_digest_of(people):016x}"
+
     def _label_history(self, labels: LabelSpace) -> LabelHistory:
-        pairs = list(self._history)
+        known = {pair: count for pair, count in self._history.items() if self._known[pair[0]]} or self._history
+        pairs = list(known)
         return LabelHistory.of(
             np.array([user for user, _ in pairs], np.int64),
             encode_labels([label for _, label in pairs], labels),
-            np.array(list(self._history.values()), np.int64),
+            np.array(list(known.values()), np.int64),
             users=len(self._keys),
             outputs=labels.outputs,
             task=labels.task,
         )
+
+
+def _digest_of(*values: object) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(values).encode(), digest_size=8).digest(), "big")
 
 
 def encode_labels(given: Sequence[str | float], labels: LabelSpace) -> NDArray[np.number]:

@@ -79,7 +79,7 @@ def prepare(settings: Settings, line: ProgressLine, *, dry_run: bool = False) ->
     uri = store.objects.uri_of(f"{run.folder}/partitions")
     stats = partition_rows(
         settings.data, settings.task, uri, training.partition_count, store.hash_secret, resolve_model(settings.model.name),
-        settings.model.max_length, training.seed, progress=line.show_partitioning,
+        settings.model.max_length, progress=line.show_partitioning,
         storage_options=settings.store.storage_options(), units=units, retry_s=retry_s,
     )  # fmt: skip
     labels = _labels(settings, stats, base)

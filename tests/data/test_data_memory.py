@@ -31,7 +31,7 @@ fragments.FRAGMENT_CHARS = 2**20  # several fragments a row group, as a real sou
 
 def run(source, partitions, destination):
     objects = ObjectStore(destination)
-    job = PartitionJob(SourceSettings(source=source), "classification", objects, "fragments", partitions, tokenizer, 32, 0, b"s" * 32)
+    job = PartitionJob(SourceSettings(source=source), "classification", objects, "fragments", partitions, tokenizer, 32, b"s" * 32)
     found, rows = [], 0
     for index, unit in enumerate(list_units(job.settings)):
         result = json.loads(fragment_unit(job, json.dumps({"index": index, "unit": unit.model_dump()})))

@@ -33,7 +33,7 @@ class Partitioner:
         self, source: object, name: str, task: str = "classification", partitions: int = PARTITIONS, **settings: object
     ) -> PartitionStats:
         found = SourceSettings.model_validate({"source": str(source), **settings})
-        return partition_rows(found, task, str(self.folder / name), partitions, SECRET, self.tokenizer_path, 32, 5)  # type: ignore[arg-type]
+        return partition_rows(found, task, str(self.folder / name), partitions, SECRET, self.tokenizer_path, 32)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_regression_keeps_numbers_and_synthetic_users_reach_their_partitions(
     seen: list[PartitionProgress] = []
     source = SourceSettings(source="synthetic://?users=60&texts=8&seed=1")
     destination = (tmp_path / "made").as_uri()
-    stats = partition_rows(source, "classification", destination, 2, SECRET, tokenizer_path, 32, 0, progress=seen.append)
+    stats = partition_rows(source, "classification", destination, 2, SECRET, tokenizer_path, 32, progress=seen.append)
     assert stats.users == stats.train_users == 60 and stats.rows() == 480 and label_space(stats, "classification") == ["dislike", "like"]
     assert [(step.stage, step.done, step.total, step.rows) for step in seen][0] == ("read", 1, 1, 480) and seen[-1] == (
         "tokenise",

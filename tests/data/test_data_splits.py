@@ -14,7 +14,7 @@ from plora_ray.config import parse_settings
 from plora_ray.data.rows import BadRow, Row
 from plora_ray.data.source_settings import SourceSettings
 from plora_ray.data.sources import list_units, read_unit
-from plora_ray.data.splits import split_by_text
+from plora_ray.data.splits import hash_of_words, split_by_text
 from plora_ray.errors import ConfigError
 
 START = datetime(2020, 1, 1, tzinfo=UTC)
@@ -34,6 +34,21 @@ def test_texts_that_differ_only_in_case_spaces_or_punctuation_stay_together(word
     assert split(between.join(words)) == split("  " + " ".join(words) + "!") == split(" ".join(words).capitalize())
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("caf\u00e9 cr\u00e8me", "cafe\u0301 cre\u0300me"),
+        ("\uff26\uff35\uff2c\uff2c width", "full width"),
+        ("it&#39;s &quot;fine&quot;", "it's fine"),
+        ("a line<br />and another", "a line and another"),
+        ("look at this https://example.org/a?b=1", "look at this http://example.net/c"),
+        ("@somebody that is wrong", "@another that is wrong"),
+    ],
+)
+def test_texts_that_differ_only_in_markup_addresses_names_or_unicodes_forms_stay_together(one: str, other: str) -> None:
+    assert hash_of_words(one, 0) == hash_of_words(other, 0) != hash_of_words(one + " word", 0)
+
+
 def test_texts_without_a_word_are_divided_too() -> None:
     splits = {split_by_text("!" * count, seed=0, validation_fraction=0.3, test_fraction=0.3) for count in range(1, 60)}
     assert splits == {"train", "validation", "test"}
@@ -50,7 +65,7 @@ def rows(tmp_path: Path) -> str:
 
 def test_by_time_training_is_the_past_and_test_the_future_and_rows_without_a_time_are_bad(rows: str) -> None:
     settings = SourceSettings.model_validate({"source": rows, "split_times": {"validation": "2020-01-06", "test": "2020-01-08T00:00:00Z"}})
-    rules, division = settings.row_rules("classification"), settings.split_rules(0)
+    rules, division = settings.row_rules("classification"), settings.split_rules()
     checked = [row for unit in list_units(settings) for raw in read_unit(unit, settings) for row in rules.check(raw)]
     good = [row[1] for row in checked if not isinstance(row, BadRow)]
     assert all(isinstance(row, Row) for row in good)

@@ -47,12 +47,20 @@ class World:
     def with_data(self, **values: object) -> Settings:
         return self.settings.model_copy(update={"data": self.settings.data.model_copy(update=values)})
 
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.data.read_text().splitlines()]
+
+    def with_rows(self, rows: list[dict[str, Any]], file: Path, **values: object) -> Settings:
+        """Settings for other rows, which are written to `file`."""
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return self.with_data(source=str(file), **values)
+
     def with_validation_rows(self, folder: Path) -> tuple[Settings, list[dict[str, Any]]]:
         """Settings for a copy of the data in `folder` where two of three training rows are validation rows, and its rows."""
-        rows = [json.loads(line) for line in self.data.read_text().splitlines()]
-        rows = [{**row, "split": "validation"} if place % 3 and row["split"] == "train" else row for place, row in enumerate(rows)]
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return self.with_data(source=str(folder / "rows.jsonl")), rows
+        watched = [
+            {**row, "split": "validation"} if place % 3 and row["split"] == "train" else row for place, row in enumerate(self.rows())
+        ]
+        return self.with_rows(watched, folder / "rows.jsonl"), watched
 
 
 def save_tiny_bert(folder: Path) -> Path:

@@ -45,9 +45,7 @@ def setup_and_rows(world: World, settings: Settings) -> tuple[RivalSetup, Labell
     loaded = load_generation(world.store)
     with Stages() as stages:
         stages.begin("reading", 0)
-        rows = read_rows(
-            settings.data, world.store, loaded.reader, loaded.labels, seed=0, examples_kept=4, on_unit=stages.at, keep_training=True
-        )
+        rows = read_rows(settings.data, world.store, loaded.reader, loaded.labels, examples_kept=4, on_unit=stages.at, keep_training=True)
     assert rows.training is not None
     return setup_of(settings, loaded, rows), rows.training
 

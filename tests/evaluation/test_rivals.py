@@ -58,9 +58,7 @@ def parts(world: World) -> tuple[RivalSetup, EvaluationRows]:
     loaded, settings = load_generation(world.store), settings_of(world)
     with Stages() as stages:
         stages.begin("reading", 0)
-        rows = read_rows(
-            settings.data, world.store, loaded.reader, loaded.labels, seed=0, examples_kept=4, on_unit=stages.at, keep_training=True
-        )
+        rows = read_rows(settings.data, world.store, loaded.reader, loaded.labels, examples_kept=4, on_unit=stages.at, keep_training=True)
     return setup_of(settings, loaded, rows), rows
 
 
@@ -234,9 +232,7 @@ def test_every_trained_baseline_is_calibrated_on_validation_rows_as_the_generati
     found = {}
     with Stages() as stages:
         stages.begin("reading", 0)
-        rows = read_rows(
-            settings.data, world.store, loaded.reader, loaded.labels, seed=0, examples_kept=4, on_unit=stages.at, keep_training=True
-        )
+        rows = read_rows(settings.data, world.store, loaded.reader, loaded.labels, examples_kept=4, on_unit=stages.at, keep_training=True)
         assert rows.validation is not None
         assert len(rows.validation.users) == sum(row["split"] == "validation" and row["cohort"] == "a" for row in held_out) > 100
         for calibrate in (True, False):
