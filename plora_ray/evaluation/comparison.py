@@ -24,7 +24,6 @@ from plora_ray.evaluation.metrics import (
     bootstrap_ratios,
     holm,
     p_value,
-    ratio_and_error,
     rounded,
     row_nll,
 )
@@ -232,7 +231,7 @@ class ComparisonTotals:
     @staticmethod
     def _p_values(gained: Mapping[tuple[str, str], tuple[int, int]], sums: Floats, rows: NDArray[np.int32]) -> dict[tuple[str, str], float]:
         """Of every gain [users, gains], adjusted over the predictors that one metric compares."""
-        raw = {column: p_value(*ratio_and_error(sums[:, place], rows), len(rows)) for place, column in enumerate(gained)}
+        raw = {column: p_value(sums[:, place], rows) for place, column in enumerate(gained)}
         adjusted: dict[tuple[str, str], float] = {}
         for metric in dict.fromkeys(metric for _, metric in gained):
             columns = [column for column in gained if column[1] == metric]

@@ -20,6 +20,7 @@ ECE_BINS = 15
 SMALL = 1e-3  # of a figure: five places would leave less than three figures of it
 BOOTSTRAP_ROUNDS = 1000
 BOOTSTRAP_DRAWS_AT_ONCE = 4_000_000  # of users: bounds the index arrays to some tens of megabytes
+SAME = 1e-9  # of a mean: an error below it is rounding
 NORMAL_ABOVE_USERS = 50_000  # from here the means are normal to three digits, and their variance needs no draws
 
 
@@ -189,7 +190,7 @@ def _normal_ratios(sums: Floats | Ints, rows: Floats | Ints) -> list[tuple[float
 
 
 def ratio_and_error(sums: Floats | Ints, rows: Floats | Ints) -> tuple[float, float]:
-    """Mean over rows and its standard error, as users vary: infinite for one user.
+    """Mean over rows and its standard error, as users vary: the jackknife's, each user left out in turn; infinite for one user.
 
     sums, rows: [users] sums over each user's rows, and how many they are.
     """
@@ -197,15 +198,23 @@ def ratio_and_error(sums: Floats | Ints, rows: Floats | Ints) -> tuple[float, fl
     mean = float(sums.sum(dtype=np.float64)) / total
     if users < 2:
         return mean, math.inf
-    squares = float(((sums - mean * rows) ** 2).sum(dtype=np.float64))
-    return mean, math.sqrt(squares * users / (users - 1)) / total
+    moved = (sums - mean * rows) / (total - rows)  # the mean, less the mean without this user
+    return mean, math.sqrt((users - 1) / users * float((moved**2).sum(dtype=np.float64)))
 
 
-def p_value(mean: float, error: float, users: int) -> float:
-    """Two-sided, of a mean of zero with this standard error over users, by Student's law: few users show little."""
-    if users < 2:
+def p_value(sums: Floats | Ints, rows: Floats | Ints) -> float:
+    """Two-sided, of a mean over rows of zero, users drawn as a whole: few users show little, nor do a few with most of the rows.
+
+    By Student's law for as many users as weigh alike would tell as much: 1 / sum of the squared shares of the rows. Where all users have
+    the same mean, their number alone tells: the sign test's. sums, rows: [users], see `ratio_and_error`.
+    """
+    mean, error = ratio_and_error(sums, rows)
+    if len(rows) < 2 or mean == 0:
         return 1.0
-    return float(2 * stats.t.sf(abs(mean) / error, users - 1)) if error > 0 else float(mean == 0)
+    if error <= SAME * abs(mean):
+        return float(2.0 ** (1 - len(rows)))
+    weighing = 1 / float(np.square(rows / rows.sum(dtype=np.float64)).sum())
+    return float(2 * stats.t.sf(abs(mean) / error, weighing - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -15,13 +15,14 @@ from plora_ray.evaluation.metrics import Floats, Ints, rounded
 
 HISTOGRAM_BINS = 30
 FEWEST_ROWS = 5  # of a user: below it a gain's own noise can't be told
+SAME = 1e-9  # of a squared gain: less is rounding
 CHANCE = 0.025  # of a user whom the adapter does nothing to be beyond noise, on either side, were gains normal
 
 
 @dataclass(frozen=True, eq=False)
 class UserGains:
     """means: [users] mean gain a row, positive is better. noise: [users] how large a mean of the user's rows is by CHANCE, by Student's
-    law for so many rows; NaN below FEWEST_ROWS."""
+    law for so many rows; NaN where it can't be told: below FEWEST_ROWS, and where all rows gain the same, unless it is nothing."""
 
     means: Floats
     noise: Floats
@@ -33,7 +34,8 @@ class UserGains:
         variance = np.maximum(squares / rows - means**2, 0) * rows / np.maximum(rows - 1, 1)
         different, places = np.unique(rows, return_inverse=True)
         errors_allowed = stats.t.isf(CHANCE, np.maximum(different - 1, 1))[places]
-        return cls(means, np.where(rows >= FEWEST_ROWS, errors_allowed * np.sqrt(variance / rows), np.nan))
+        told = (rows >= FEWEST_ROWS) & ((variance > SAME * means**2) | (means == 0))
+        return cls(means, np.where(told, errors_allowed * np.sqrt(variance / rows), np.nan))
 
     @property
     def judged(self) -> int:

@@ -172,7 +172,7 @@ def test_a_gain_is_positive_when_the_subject_is_better_and_is_paired_by_row(user
     assert found.gains[POPULATION]["accuracy"].mean == pytest.approx((labels == 1).mean())
     assert found.user_gains is not None
     np.testing.assert_allclose(found.user_gains.means, np.log(0.9 / 0.5), rtol=1e-6)
-    assert nll.p < 1e-300 and found.user_gains.helped == 1.0 and found.user_gains.harmed == 0.0
+    assert nll.p == 2.0 ** (1 - found.users) and found.user_gains.judged == 0, "what doesn't vary tells no noise"
 
 
 def test_users_are_judged_by_the_noise_of_their_own_rows_whatever_the_pieces() -> None:
@@ -196,6 +196,12 @@ def test_users_are_judged_by_the_noise_of_their_own_rows_whatever_the_pieces() -
     assert gains.worst_decile == pytest.approx(np.sort([values.mean() for values in by_user])[:6].mean(), abs=1e-5)
 
 
+def test_users_who_get_the_populations_answer_are_judged_neither_helped_nor_harmed() -> None:
+    gains = UserGains.of(np.array([0.0, 5.0, 1.0]), np.array([0.0, 5.0, 9.0]), np.array([5, 5, 5]))
+    assert gains.judged == 2 and np.isnan(gains.noise[1]), "the second gains alike on every row, so nothing is known of its noise"
+    assert gains.helped == gains.harmed == 0.0
+
+
 def test_an_adapter_that_does_nothing_helps_and_harms_few_users_beyond_noise() -> None:
     for rows in (5, 40):
         noise = np.random.default_rng(13).normal(size=(20_000, rows))
@@ -211,9 +217,10 @@ def test_p_values_are_of_users_not_rows_and_hold_together(users: np.ndarray) -> 
     raw = []
     for name in (POPULATION, MAJORITY):
         gain = metrics.row_nll(predicted[name], labels) - metrics.row_nll(predicted[WITH_USER], labels)
-        influence = [(gain[users == user] - gain.mean()).sum() / len(users) for user in np.unique(users)]
-        count = len(influence)
-        raw.append(2 * stats.t.sf(abs(gain.mean()) / np.sqrt(np.square(influence).sum() * count / (count - 1)), count - 1))
+        without = [gain[users != user].mean() for user in np.unique(users)]
+        count, shares = len(without), np.unique(users, return_counts=True)[1] / len(users)
+        error = np.sqrt((count - 1) / count * np.square(np.array(without) - gain.mean()).sum())
+        raw.append(2 * stats.t.sf(abs(gain.mean()) / error, 1 / np.square(shares).sum() - 1))
     expected = [min(1, 2 * raw[0]), raw[1]] if raw[0] <= raw[1] else [raw[0], min(1, 2 * raw[1])]
     expected = [max(value, min(1, 2 * min(raw))) for value in expected]
     assert [found.gains[name]["nll"].p for name in (POPULATION, MAJORITY)] == pytest.approx(expected, rel=1e-3)
@@ -250,8 +257,22 @@ def test_one_user_alone_shows_nothing() -> None:
 @pytest.mark.parametrize("users", [5, 12])
 def test_few_users_are_found_to_differ_by_chance_no_more_often_than_the_level_says(users: int) -> None:
     means, count = np.random.default_rng(21).normal(size=(4000, users)), np.ones(users, np.int64)
-    found = [metrics.p_value(*metrics.ratio_and_error(draw, count), users) for draw in means]
+    found = [metrics.p_value(draw, count) for draw in means]
     assert np.mean(np.array(found) < 0.05) == pytest.approx(0.05, abs=0.012)
+
+
+@pytest.mark.parametrize("users", [10, 30, 100])
+def test_users_with_very_many_rows_dont_make_chance_look_like_more(users: int) -> None:
+    draw, found = np.random.default_rng(23), []
+    for _ in range(2000):
+        rows = np.ceil(draw.lognormal(2, 1.5, users))
+        found.append(metrics.p_value(rows * draw.normal(size=users) + np.sqrt(rows) * draw.normal(size=users), rows))
+    assert 0.015 < np.mean(np.array(found) < 0.05) < 0.065
+
+
+def test_two_users_with_the_same_gain_show_little() -> None:
+    assert metrics.p_value(np.array([1.0, 1.0]), np.array([1, 1])) == 0.5
+    assert metrics.p_value(np.array([0.0, 0.0]), np.array([3, 1])) == 1.0
 
 
 def test_a_users_mean_cost_keeps_its_sign_where_errors_may_pay() -> None:
