@@ -1,11 +1,14 @@
-"""What the generation's own two predictors cost, beside those of the baselines: measured through the engine that serves."""
+"""What predictors cost that nothing is trained for: the generation's two, through the engine that serves, and those by labels."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from plora_ray.evaluation.comparison import POPULATION, WITH_USER
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER
+from plora_ray.evaluation.metrics import Floats, Ints
 from plora_ray.evaluation.predictor_cost import PredictorCost, Size, sampled, seconds_per_request
 from plora_ray.evaluation.rows import EvaluationRows
 from plora_ray.inference import InferenceEngine, LoadedGeneration
@@ -34,3 +37,19 @@ def generation_costs(engine: InferenceEngine, rows: EvaluationRows) -> dict[str,
         WITH_USER: PredictorCost(Size(width, in_all), seconds_per_request(with_user, tests)),
         POPULATION: PredictorCost(Size(0, shared), seconds_per_request(population, tests)),
     }
+
+
+def label_costs(rows: EvaluationRows, names: Sequence[str]) -> dict[str, PredictorCost]:
+    """Of those of MAJORITY and LABEL_PRIOR that `names` has: a count of each class, or a sum and a number, for everybody or each user."""
+    history, tests = rows.history, sampled(rows)
+    users, width = int((history.by_user.sum(axis=1) > 0).sum()), history.by_user.shape[1]
+    sizes = {MAJORITY: Size(0, len(history.overall)), LABEL_PRIOR: Size(width, len(history.overall) + width * users)}
+    found = {}
+    for name, ask in ((MAJORITY, history.majority), (LABEL_PRIOR, history.label_prior)):
+
+        def answer(row: int, ask: Callable[[Ints], Floats] = ask) -> object:
+            return ask(rows.row_users[row : row + 1])
+
+        if name in names:
+            found[name] = PredictorCost(sizes[name], seconds_per_request(answer, tests))
+    return found

@@ -35,7 +35,8 @@ METRICS = {
 SHOWN_BELOW = 0.05  # p of a gain
 INTERVALS = (
     "Intervals: 95 %, bootstrap over whole users. Gains are paired on the same rows; positive is better for every metric. p: of no gain, "
-    f"users as a whole, adjusted for the predictors compared (Holm); coloured below {SHOWN_BELOW}."
+    "users as a whole, adjusted for the predictors compared, and in a table of groups or times for those, too (Holm); coloured below "
+    f"{SHOWN_BELOW}."
 )
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}

@@ -25,8 +25,9 @@ from plora_ray.errors import ConfigError, DataError
 from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, compare, examples_told
 from plora_ray.evaluation.cost_page import CostPage
 from plora_ray.evaluation.costs import Costs
-from plora_ray.evaluation.generation_cost import generation_costs
+from plora_ray.evaluation.generation_cost import generation_costs, label_costs
 from plora_ray.evaluation.metrics import Floats, Ints
+from plora_ray.evaluation.parts import held_together
 from plora_ray.evaluation.periods import drift, in_parts
 from plora_ray.evaluation.predictor_cost import PredictorCost
 from plora_ray.evaluation.progress import Stages
@@ -89,7 +90,10 @@ def evaluate_store(
             scorer = TextScorer(engine, rows.texts, stages)
             run = _Run(settings, loaded, rows, scorer, stages, baselines, error_costs, panel, shots, on_rows)
             results = [run.protocol(name) for name in protocols]
-            predictor_costs = {**generation_costs(engine, rows), **panel.costs()} if rivals else {}
+            stages.begin("one text at a time", 0)
+            predictor_costs = (
+                {**generation_costs(engine, rows), **label_costs(rows, baselines), **panel.costs()} if len(rows.labels) else {}
+            )
         finally:
             engine.close()
         if all(result.skipped for result in results):
@@ -214,21 +218,22 @@ class _Run:
 
     def _periods(self, chosen: Ints) -> dict[str, Comparison]:
         """The comparison on the rows of each part of the test's time that has any."""
-        names, parts = in_parts(self.rows.row_times[chosen])
-        return {
-            name: self._compare({who: values[mine] for who, values in self._with_user.items()}, chosen[mine], WITH_USER, None)
-            for part, name in enumerate(names)
-            if (mine := parts == part).any()
-        }
+        return self._divided(self._with_user, chosen, *in_parts(self.rows.row_times[chosen]), WITH_USER, None)
 
     def _groups(self, predicted: Mapping[str, Floats], chosen: Ints, subject: str, examples: int | None) -> dict[str, Comparison]:
         """The same comparison on the rows of each group that has any."""
+        return self._divided(predicted, chosen, self.rows.groups, self.rows.row_groups[chosen], subject, examples)
+
+    def _divided(
+        self, predicted: Mapping[str, Floats], chosen: Ints, names: Sequence[str], parts: Ints, subject: str, examples: int | None
+    ) -> dict[str, Comparison]:
+        """Row i of `chosen` is in part `names[parts[i]]`, or in none below zero."""
         found = {}
-        for place, name in enumerate(self.rows.groups):
-            mine = self.rows.row_groups[chosen] == place
+        for part, name in enumerate(names):
+            mine = parts == part
             if mine.any():
                 found[name] = self._compare({who: values[mine] for who, values in predicted.items()}, chosen[mine], subject, examples)
-        return found
+        return held_together(found)
 
     def _few(self, chosen: Ints, shots: int) -> tuple[dict[str, Floats], Ints] | None:
         """What every predictor says of the rows of users who have at least `shots` examples, and which these are; None if nobody has."""

@@ -72,7 +72,7 @@ class ProtocolResult:
 class Evaluation:
     """Everything a report says. data: what was measured on, as plain values. costs: of a million users, if there are prices.
 
-    predictor_costs: by predictor, if any of them was trained. calibrations: by trained baseline that was calibrated. rates: by
+    predictor_costs: by predictor. calibrations: by trained baseline that was calibrated. rates: by
     trained baseline whose learning rate was chosen among several.
     """
 
@@ -138,9 +138,9 @@ def render_html(evaluation: Evaluation, plots: dict[str, bytes]) -> str:
     pictures = {name: picture(name, png) for name, png in plots.items()}
     sections = [_section(result, pictures) for result in evaluation.results]
     measured = [comparison for result in evaluation.results for comparison in result.comparisons]
-    trained = evaluation.predictor_costs
+    costs = evaluation.predictor_costs
     notes = f"{_scales(evaluation)}{_rates(evaluation)}"
-    spent = f"<h2>What the predictors cost</h2>\n{costs_table(trained, measured[0])}{notes}" if trained else ""
+    spent = f"<h2>What the predictors cost</h2>\n{costs_table(costs, measured[0])}{notes}" if costs else ""
     data = table([], [[name.replace("_", " "), _plain(value)] for name, value in evaluation.data.items()])
     return page(
         f"Evaluation of generation {evaluation.generation}",

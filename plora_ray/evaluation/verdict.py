@@ -8,6 +8,7 @@ from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, W
 from plora_ray.evaluation.user_gains import CHANCE
 
 FEWEST_USERS = 10  # below it a bootstrap over users says little
+SURE_BELOW = 0.05  # p: above it a difference may be noise
 CHANCE_PERCENT = 100 * CHANCE
 
 
@@ -27,7 +28,7 @@ def _full(comparison: Comparison) -> str:
     )
     if metric == "accuracy" and comparison.users >= FEWEST_USERS:
         text += f" The probabilities: {_judged('nll', comparison.gains[POPULATION]['nll'], comparison.users)} in negative log-likelihood."
-    return text + _who(comparison) + _against_labels(comparison)
+    return text + _who(comparison) + _against_labels(comparison) + _against_trained(comparison)
 
 
 def _who(comparison: Comparison) -> str:
@@ -52,14 +53,37 @@ def _against_labels(comparison: Comparison) -> str:
         return f" The user's own past labels alone, without reading the text, reach {reached}."
     if gain.low > 0:
         added = _difference(metric, gain)
-        return f" The user's own past labels alone, without reading the text, reach {reached}; the adapters add {added} to that."
-    if gain.high < 0:
+        text = f" The user's own past labels alone, without reading the text, reach {reached}; the adapters add {added} to that"
+    elif gain.high < 0:
         worse = _difference(metric, _reversed(gain))
-        return f" But the user's own past labels alone, without the text, reach {reached}: the adapters are worse than that by {worse}."
-    return (
-        f" But the user's own past labels alone, without reading the text, reach {reached}: "
-        f"the adapters have not been shown to be better than that, with a difference of {_difference(metric, gain)}."
+        text = f" But the user's own past labels alone, without the text, reach {reached}: the adapters are worse than that by {worse}"
+    else:
+        text = (
+            f" But the user's own past labels alone, without reading the text, reach {reached}: "
+            f"the adapters have not been shown to be better than that, with a difference of {_difference(metric, gain)}"
+        )
+    return f"{text}{_likelihood(comparison, LABEL_PRIOR)}."
+
+
+def _likelihood(comparison: Comparison, over: str) -> str:
+    """The same in negative log-likelihood, where accuracy was told: answers may be right more often and yet too sure."""
+    if _metric(comparison) != "accuracy" or comparison.users < FEWEST_USERS:
+        return ""
+    return f"; in negative log-likelihood, {_judged('nll', comparison.gains[over]['nll'], comparison.users)}"
+
+
+def _against_trained(comparison: Comparison) -> str:
+    """Which trained baselines answer better on these rows, as far as users tell."""
+    trained = [name for name in comparison.gains if name not in (POPULATION, LABEL_PRIOR, MAJORITY)]
+    if not trained or comparison.users < FEWEST_USERS:
+        return ""
+    gains = {name: comparison.gains[name][comparison.loss] for name in trained}
+    better = [f"{name} (by {-gain.mean:.3g}, p {gain.p:.2g})" for name, gain in gains.items() if gain.mean < 0]
+    beaten = sum(gain.mean > 0 and gain.p < SURE_BELOW for gain in gains.values())
+    which = (
+        f"{', '.join(better)} {'does' if len(better) == 1 else 'do'} better in {_name(comparison.loss)}" if better else "none does better"
     )
+    return f" Of {len(trained)} trained baselines {beaten} {'is' if beaten == 1 else 'are'} beaten beyond noise, and {which}."
 
 
 def _few(points: Sequence[Comparison]) -> str:
@@ -68,14 +92,15 @@ def _few(points: Sequence[Comparison]) -> str:
     gain = last.gains[POPULATION][metric]
     text = (
         f"For users the generation has never met, {last.examples} of their own examples each bring {_name(metric)} to "
-        f"{_value(metric, last.predictors[WITH_USER].intervals[metric].mean)} ({_users(last)}): {_judged(metric, gain, last.users)}."
+        f"{_value(metric, last.predictors[WITH_USER].intervals[metric].mean)} ({_users(last)}): {_judged(metric, gain, last.users)}"
+        f"{_likelihood(last, POPULATION)}."
     )
     first = _clear_from(points, metric)
     if first is not None and first != last.examples:
         text += f" The gain is clear from {examples_told(first)} on."
     if any(point.users != last.users for point in points):
         text += " Users with fewer examples are left out of the later points, so compare each point with its own population figure."
-    return text
+    return text + _against_trained(last)
 
 
 def _clear_from(points: Sequence[Comparison], metric: str) -> int | None:
@@ -95,9 +120,10 @@ def _zero(comparison: Comparison) -> str:
         f"{_value(metric, comparison.predictors[POPULATION].intervals[metric].mean)} on {comparison.rows:,} rows of {_users(comparison)}"
     )
     if MAJORITY not in comparison.gains:
-        return text + "."
+        return f"{text}.{_against_trained(comparison)}"
     gain, always = comparison.gains[MAJORITY][metric], "the mean label" if metric == "mse" else "the most frequent label"
-    return text + f"; against always answering {always}: {_judged(metric, gain, comparison.users)}."
+    text += f"; against always answering {always}: {_judged(metric, gain, comparison.users)}{_likelihood(comparison, MAJORITY)}."
+    return text + _against_trained(comparison)
 
 
 def _metric(comparison: Comparison) -> str:

@@ -14,9 +14,10 @@ from transformers import BertConfig, BertModel
 
 from plora_ray.config import AdapterSettings, EvaluationSettings
 from plora_ray.errors import ConfigError, DataError
-from plora_ray.evaluation.comparison import POPULATION, WITH_USER, Comparison, compare
-from plora_ray.evaluation.metrics import log_softmax
+from plora_ray.evaluation.comparison import LABEL_PRIOR, POPULATION, WITH_USER, Comparison, compare
+from plora_ray.evaluation.metrics import holm, log_softmax
 from plora_ray.evaluation.page import comparison_table
+from plora_ray.evaluation.parts import held_together
 from plora_ray.evaluation.protocols import BASELINES, evaluate_store
 from plora_ray.evaluation.runs import compare_runs
 from plora_ray.evaluation.verdict import verdict
@@ -70,8 +71,8 @@ def test_pictures_of_an_earlier_run_do_not_stay_beside_other_numbers(world: Worl
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html"}
 
 
-def comparison(with_user: float, population: float, users: int = 50) -> Comparison:
-    """Fifty users of ten rows; each predictor is right on the given share of every user's rows, at random."""
+def comparison(with_user: float, population: float, users: int = 50, **others: float) -> Comparison:
+    """Fifty users of ten rows; each predictor is right on the given share of every user's rows, at random. others: names with _ for -."""
     generator = np.random.default_rng(0)
     labels = np.zeros(10 * users, np.int64)
 
@@ -79,6 +80,7 @@ def comparison(with_user: float, population: float, users: int = 50) -> Comparis
         return np.log(np.where(generator.random(len(labels))[:, None] < share, [[0.8, 0.2]], [[0.2, 0.8]]))
 
     predicted = {WITH_USER: right(with_user), POPULATION: right(population)}
+    predicted |= {name.replace("_", "-"): right(share) for name, share in others.items()}
     return compare(WITH_USER, predicted, labels, np.repeat(np.arange(users), 10), "classification")
 
 
@@ -96,6 +98,49 @@ def test_the_verdict_says_so_when_the_users_are_worse_off() -> None:
 
 def test_the_verdict_concludes_nothing_from_a_handful_of_users() -> None:
     assert "too few to conclude" in verdict(comparison(0.9, 0.5, users=4), (), None)
+
+
+def test_the_verdict_names_trained_baselines_that_do_better_and_counts_those_that_are_beaten() -> None:
+    said = verdict(comparison(0.8, 0.6, lora_per_user=0.95, population_lora=0.6, plora_released=0.5), (), None)
+    assert re.search(r"Of 3 trained baselines 2 are beaten beyond noise, and lora-per-user \(by 0\.\d+, p \S+\) does better", said)
+    assert "Of 1 trained baselines 1 is beaten beyond noise, and none does better." in verdict(
+        comparison(0.9, 0.6, lora_per_user=0.5), (), None
+    )
+    assert "trained baselines" not in verdict(comparison(0.9, 0.6, label_prior=0.5), (), None)
+
+
+def test_the_verdict_tells_the_likelihood_beside_a_baselines_accuracy() -> None:
+    labels, users, right = np.zeros(500, np.int64), np.repeat(np.arange(50), 10), np.random.default_rng(0).random((500, 1)) < 0.8
+    too_sure, unsure = np.log(np.where(right, [[0.6, 0.4]], [[1e-6, 1 - 1e-6]])), np.log(np.full((500, 2), [0.4, 0.6]))
+    predicted = {WITH_USER: too_sure, POPULATION: unsure, LABEL_PRIOR: unsure}
+    said = verdict(compare(WITH_USER, predicted, labels, users, "classification"), (), None)
+    assert re.search(r"past labels alone, .* the adapters add .* to that; in negative log-likelihood, a LOSS of \d", said)
+
+
+def test_of_many_groups_that_dont_differ_few_are_called_different() -> None:
+    draw, called = np.random.default_rng(5), 0
+    for _ in range(60):
+        groups = {}
+        for name in range(20):
+            labels, users = draw.integers(0, 2, 60), np.repeat(np.arange(12), 5)
+            predicted = {who: log_softmax(draw.normal(size=(60, 2))) for who in (WITH_USER, POPULATION)}
+            groups[str(name)] = compare(WITH_USER, predicted, labels, users, "classification")
+        raw = [group.gains[POPULATION]["nll"].p for group in groups.values()]
+        found = held_together(groups)
+        adjusted = [group.gains[POPULATION]["nll"].p for group in found.values()]
+        assert (
+            adjusted == pytest.approx(holm(raw)) and found["0"].gains[POPULATION]["nll"].mean == groups["0"].gains[POPULATION]["nll"].mean
+        )
+        called += min(adjusted) < 0.05
+    assert called <= 8, "about 3 of 60 tables; without the adjustment it would be two in three"
+
+
+def test_every_report_says_what_predictors_cost(folder: Path, world: World) -> None:
+    costs = json.loads((folder / "report.json").read_text())["predictor_costs"]
+    assert set(costs) == {WITH_USER, POPULATION, "majority", "label-prior"}
+    assert costs["majority"]["parameters_in_all"] == 2 and costs["label-prior"]["parameters_per_user"] == 2
+    assert costs["label-prior"]["parameters_in_all"] == 2 + 2 * world.users_per_cohort
+    assert "What the predictors cost" in (folder / "report.html").read_text()
 
 
 def test_the_verdict_tells_who_gains_and_who_loses() -> None:

@@ -214,7 +214,7 @@ def test_a_report_has_each_trained_baseline_with_its_parameters_and_latency_and_
     zero = report["protocols"]["zero"]["predictors"]
     assert zero["lora-per-user"]["accuracy"] == zero["population-lora"]["accuracy"]  # what was learnt of new users in few-shot is forgotten
     costs, lora = report["predictor_costs"], 2 * 2 * (4 * 32 + 4 * 32) + 2 * 32 + 2
-    assert set(costs) == {"with_user", "population", *names}
+    assert set(costs) == {"with_user", "population", *names}, "majority and label-prior weren't asked for"
     assert all(cost["seconds_per_request"] > 0 for cost in costs.values())
     assert (costs["population-lora"]["parameters_per_user"], costs["population-lora"]["parameters_in_all"]) == (0, lora)
     assert (costs["lora-per-user"]["parameters_per_user"], costs["lora-per-user"]["parameters_in_all"]) == (lora, 25 * lora)
