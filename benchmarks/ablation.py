@@ -3,8 +3,8 @@
     python -m benchmarks.ablation ../shared/data/crehate_en.parquet --seeds 0,1,2 --out var/ablation
 
 DATA has columns user_id, text, label, split, cohort. The population stage trains on cohort a; its users are then fitted from their training
-rows, and users of cohort b, whom it never met, from their first eight. Test rows are not looked at. A finished variant is kept in --out as
-a file and not run again.
+rows and those validation rows that don't judge, and users of cohort b, whom it never met, from their first eight. Test rows are not looked
+at. A finished variant is kept in --out as a file and not run again.
 """
 
 from __future__ import annotations

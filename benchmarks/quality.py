@@ -99,8 +99,10 @@ def draw(
     if edges is not None:
         rows = rows.assign(label=np.searchsorted([float(edge) for edge in edges.split(",")], rows["label"]).astype(str))
     if split_times is not None:
-        begins = pd.to_datetime(split_times.split(","))
-        parts = np.searchsorted(begins.to_numpy(), pd.to_datetime(rows["timestamp"]).to_numpy(), side="right")
+        begins, times = pd.to_datetime(split_times.split(",")), pd.to_datetime(rows["timestamp"])
+        if times.isna().any():
+            raise typer.BadParameter(f"{int(times.isna().sum())} rows have no timestamp, and --split-times divides by it: leave them out")
+        parts = np.searchsorted(begins.to_numpy(), times.to_numpy(), side="right")
         rows = rows.assign(split=np.array(["train", "validation", "test"])[parts])
     chance = np.random.default_rng(people)
     if "cohort" not in rows:

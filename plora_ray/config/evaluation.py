@@ -31,11 +31,13 @@ Costs = Annotated[dict[str, float], BeforeValidator(_class_names)]
 class EvaluationSettings(Section):
     """`plora evaluate`. cost_matrix: label -> class answered -> cost, in any unit; what is right costs nothing unless it says so.
 
+    leave_out_learnt_texts: whether test rows with a text that training or validation rows have, too, are left out.
     baseline_rates: factors on each trained baseline's learning rate; of several, validation rows choose.
     prices: file of prices, as `plora plan` takes one, for a page of costs; rps_per_million_users: texts a second at the busiest time.
     """
 
     cost_matrix: Annotated[dict[str, Costs], BeforeValidator(_class_names)] | None = None
+    leave_out_learnt_texts: bool = False
     baseline_rates: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field((1.0,), min_length=1)
     prices: Path | None = None
     rps_per_million_users: float = Field(100.0, gt=0)

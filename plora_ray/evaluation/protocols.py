@@ -81,6 +81,7 @@ def evaluate_store(
         rows = read_rows(
             settings.data, store, loaded.reader, loaded.labels,
             examples_kept=max(shots), on_unit=stages.at, keep_training=bool(rivals),
+            leave_out_learnt=settings.evaluation.leave_out_learnt_texts,
         )  # fmt: skip
         if rows.divided:
             check_split(store, loaded.name, settings.data)
@@ -185,6 +186,7 @@ class _Run:
                 "test_rows": len(rows.labels),
                 "different_test_texts": len(rows.texts),
                 "test_rows_with_a_training_text": rows.learnt_texts,
+                "rows_with_a_training_text_left_out": self.settings.evaluation.leave_out_learnt_texts,
                 "test_rows_digest": rows.digest,
                 "train_rows": rows.train_rows,
                 "users_in_generation": int(rows.known.sum()),

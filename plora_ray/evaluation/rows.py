@@ -79,8 +79,10 @@ def read_rows(
     examples_kept: int,
     on_unit: OnUnit,
     keep_training: bool = False,
+    leave_out_learnt: bool = False,
 ) -> EvaluationRows:
     """Read the whole source once. keep_training: keep the training and validation rows of the generation's users, all of them in memory.
+    leave_out_learnt: leave out test rows whose text training or validation rows have, too.
 
     A row with a label that the generation doesn't know is a bad row. Raises DataError for an unusable source and for bad rows (unless
     they are skipped).
@@ -104,7 +106,7 @@ def read_rows(
     if len(with_split) == 2:
         raise DataError(f"some files of {settings.shown} have a split column, others don't: give it in all or set columns.split: null")
     divided = settings.split_times is not None or with_split == {False}
-    return replace(collector.finish(labels), bad_rows=len(bad), divided=divided)
+    return replace(collector.finish(labels, leave_out_learnt), bad_rows=len(bad), divided=divided)
 
 
 def _checked(unit: ReadUnit, settings: SourceSettings, labels: LabelSpace) -> Iterator[tuple[Row | BadRow, bool]]:
@@ -140,7 +142,7 @@ class _Collector:
     _validation: list[tuple[int, str, str | float]] = field(default_factory=list)
     _learnt_words: array[int] = field(default_factory=lambda: array("Q"))
     _test_words: array[int] = field(default_factory=lambda: array("Q"))
-    _asked: Counter[int] = field(default_factory=Counter)  # by user, the sum of the digests of his test rows
+    _test_digests: list[int] = field(default_factory=list)
     _users: dict[str, int | None] = field(default_factory=dict)  # None: erased, so nothing of his is looked at
     _keys: list[bytes] = field(default_factory=list)
     _known: list[bool] = field(default_factory=list)
@@ -159,7 +161,7 @@ class _Collector:
             return
         (self._test_words if split == "test" else self._learnt_words).append(hash_of_words(row.text, self.split_seed))
         if split == "test":
-            self._asked[user] += _digest_of("test", row.text, row.label)
+            self._test_digests.append(_digest_of("test", row.text, row.label))
             self._tests.append((self._texts.setdefault(row.text, len(self._texts)), user, row.label))
             self._test_groups.append(-1 if row.group is None else self._groups.setdefault(row.group, len(self._groups)))
             self._test_times.append(None if row.timestamp is None else row.timestamp.replace(tzinfo=None))
@@ -175,12 +177,15 @@ class _Collector:
         elif self.keep_training and self._known[user]:
             self._validation.append((user, row.text, row.label))
 
-    def finish(self, labels: LabelSpace) -> EvaluationRows:
+    def finish(self, labels: LabelSpace, leave_out_learnt: bool) -> EvaluationRows:
+        learnt = np.isin(self._test_words, self._learnt_words)
+        kept = np.flatnonzero(~learnt) if leave_out_learnt else np.arange(len(self._tests))
+        tests = [self._tests[place] for place in kept]
         return EvaluationRows(
             texts=list(self._texts),
-            row_texts=np.array([text for text, _, _ in self._tests], np.int64),
-            row_users=np.array([user for _, user, _ in self._tests], np.int64),
-            labels=encode_labels([label for _, _, label in self._tests], labels),
+            row_texts=np.array([text for text, _, _ in tests], np.int64),
+            row_users=np.array([user for _, user, _ in tests], np.int64),
+            labels=encode_labels([label for _, _, label in tests], labels),
             keys=self._keys,
             known=np.array(self._known, bool),
             history=self._label_history(labels),
@@ -189,12 +194,12 @@ class _Collector:
             erased_users=sum(user is None for user in self._users.values()),
             bad_rows=0,
             groups=list(self._groups),
-            row_groups=np.array(self._test_groups, np.int64),
-            row_times=np.array(self._test_times, "datetime64[us]"),
+            row_groups=np.array(self._test_groups, np.int64)[kept],
+            row_times=np.array(self._test_times, "datetime64[us]")[kept],
             training=LabelledTexts.of_rows(self._training) if self.keep_training else None,
             validation=LabelledTexts.of_rows(self._validation) if self.keep_training else None,
-            learnt_texts=int(np.isin(self._test_words, self._learnt_words).sum()),
-            digest=self._digest(),
+            learnt_texts=int(learnt.sum()),
+            digest=self._digest(kept),
         )
 
     def _user(self, user_id: str) -> int | None:
@@ -218,9 +223,12 @@ class _Collector:
         else:
             heapq.heappushpop(kept, entry)
 
-    def _digest(self) -> str:
+    def _digest(self, kept: NDArray[np.int64]) -> str:
+        asked: Counter[int] = Counter()
+        for place in kept.tolist():
+            asked[self._tests[place][1]] += self._test_digests[place]
         seen = {user: sum(_digest_of("example", text, label) for *_, text, label in kept) for user, kept in self._examples.items()}
-        people = sorted([self._asked[user] % 2**64, seen.get(user, 0) % 2**64, self._known[user]] for user in self._asked)
+        people = sorted([asked[user] % 2**64, seen.get(user, 0) % 2**64, self._known[user]] for user in asked)
         return f"{_digest_of(people):016x}"
 
     def _label_history(self, labels: LabelSpace) -> LabelHistory:

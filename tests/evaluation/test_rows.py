@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from plora_ray.config import Settings
+from plora_ray.config import EvaluationSettings, Settings
 from plora_ray.data.splits import SplitTimes
 from plora_ray.errors import ConfigError, DataError
 from plora_ray.evaluation.protocols import evaluate_store
@@ -97,11 +97,16 @@ def test_a_row_with_a_label_the_generation_never_saw_is_a_bad_row(world: World, 
     assert evaluate_store(settings, "full", [], tmp_path / "out")["data"]["bad_rows_skipped"] == 1
 
 
-def test_texts_of_validation_rows_count_as_learnt(world: World, tmp_path: Path) -> None:
+def test_test_rows_with_a_text_of_training_or_validation_rows_are_counted_and_can_be_left_out(world: World, tmp_path: Path) -> None:
     person = {"user_id": "a-person-0", "label": "yes"}
     texts = {"word1 word2": "train", "word3 word4": "validation", "Word3, word4!": "test", "word1  word2": "test", "word5": "test"}
     rows = [{**person, "text": text, "split": split} for text, split in texts.items()]
-    assert read(world, world.with_rows(rows, tmp_path / "rows.jsonl")).learnt_texts == 2
+    settings = world.with_rows(rows, tmp_path / "rows.jsonl")
+    assert read(world, settings).learnt_texts == 2
+    fewer = settings.model_copy(update={"evaluation": EvaluationSettings(leave_out_learnt_texts=True)})
+    report, without = (evaluate_store(chosen, "full", [], tmp_path / "out")["data"] for chosen in (settings, fewer))
+    assert (report["test_rows"], without["test_rows"], without["test_rows_with_a_training_text"]) == (3, 1, 2)
+    assert report["test_rows_digest"] != without["test_rows_digest"]
 
 
 TRAINED = {"split_seed": 3, "validation_fraction": 0.1, "test_fraction": 0.2}

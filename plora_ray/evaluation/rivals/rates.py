@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from plora_ray.adapters.calibration import log_frequencies, scale_losses
 from plora_ray.adapters.objective import task_losses
 from plora_ray.errors import ConfigError, ModelError
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Ints
 from plora_ray.evaluation.predictor_cost import Size
+from plora_ray.evaluation.rivals.calibrations import frequencies_of, losses_by_scale
 from plora_ray.evaluation.rivals.rival import Advance, Rival, RivalSetup
 
 
@@ -79,10 +79,10 @@ class BestRate:
             rival.fit(learnt, advance)
         except ModelError:  # too fast for it
             return math.inf
-        logits, targets = torch.from_numpy(rival.logits(held_out.users, held_out.texts)), setup.targets(held_out).cpu()
-        if not np.isfinite(logits.numpy()).all():
-            return math.inf
-        if not (setup.settings.training.calibrate and setup.labels.task == "classification"):
-            return float(task_losses(logits, targets, setup.labels.task).mean())
-        base = log_frequencies(torch.bincount(setup.targets(learnt).cpu(), minlength=setup.labels.outputs).tolist())
-        return float(scale_losses(logits, targets, base).min()) / len(targets)
+        if setup.settings.training.calibrate and setup.labels.task == "classification":
+            base = frequencies_of(learnt, setup.labels)
+            loss = float(losses_by_scale(rival, held_out.users, held_out, setup.labels, base).min()) / len(held_out.texts)
+        else:
+            logits = torch.from_numpy(rival.logits(held_out.users, held_out.texts))
+            loss = float(task_losses(logits, setup.targets(held_out).cpu(), setup.labels.task).mean())
+        return loss if math.isfinite(loss) else math.inf
