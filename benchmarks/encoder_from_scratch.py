@@ -90,7 +90,7 @@ def learn(
         for _ in range(epochs):
             for batch in batches([len(text) for text in texts], size, chance):
                 ids, real = padded([texts[row] for row in batch])
-                shown, wanted = hide(ids, real, len(words), chance)
+                shown, wanted = hide(ids, len(words), chance)
                 states = encoder(input_ids=shown, attention_mask=real).last_hidden_state
                 guessed = nn.functional.gelu(back(states[wanted != IGNORED])) @ words.T
                 loss = nn.functional.cross_entropy(guessed, wanted[wanted != IGNORED])
@@ -118,7 +118,7 @@ def padded(texts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, (ids != SPECIAL.index("[PAD]")).long()
 
 
-def hide(ids: torch.Tensor, real: torch.Tensor, words: int, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def hide(ids: torch.Tensor, words: int, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids shown and wanted. As BERT: of the pieces to be guessed 4/5 are masked, 1/10 is another, 1/10 stays; the rest IGNORED."""
     guessed = (torch.rand(ids.shape, generator=chance) < HIDDEN) & (ids >= len(SPECIAL))
     how = torch.rand(ids.shape, generator=chance)

@@ -83,7 +83,8 @@ def _against_trained(comparison: Comparison) -> str:
     which = (
         f"{', '.join(better)} {'does' if len(better) == 1 else 'do'} better in {_name(comparison.loss)}" if better else "none does better"
     )
-    return f" Of {len(trained)} trained baselines {beaten} {'is' if beaten == 1 else 'are'} beaten beyond noise, and {which}."
+    said = f"{len(trained)} trained baseline{'' if len(trained) == 1 else 's'}"
+    return f" Of {said} {beaten} {'is' if beaten == 1 else 'are'} beaten beyond noise, and {which}."
 
 
 def _few(points: Sequence[Comparison]) -> str:
