@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def world(tiny_tree: Tree, tmp_path: Path) -> tuple[AdapterStore, str]:
 def plora(config: str, *arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, [*arguments, "--config", config])
     return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_version_is_the_packages() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.stdout == f"plora-ray {metadata.version('plora-ray')}\n"
 
 
 def test_generations_are_listed_shown_and_activated(world: tuple[AdapterStore, str]) -> None:

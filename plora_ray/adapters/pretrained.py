@@ -152,5 +152,5 @@ def _not_loadable(name: str, part: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"cannot load the {part} of model '{name}': it is no local directory, no installed package and no reachable hub model "
-        f"({reason[:200]}); supported families: {', '.join(sorted(FAMILIES))}"
+        f"({reason if len(reason) <= 200 else reason[:200].rsplit(' ', 1)[0] + ' ...'}); supported families: {', '.join(sorted(FAMILIES))}"
     )

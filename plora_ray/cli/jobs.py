@@ -12,7 +12,7 @@ import typer
 from plora_ray.cli.console import ConfigOption, SetOption, progress_bar, read_settings, reports_errors
 from plora_ray.planning import plan
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A model of its own for every user.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command("train-all")

@@ -53,7 +53,7 @@ def _list_files(settings: SourceSettings) -> tuple[list[str], fsspec.AbstractFil
                 raise DataError(f"the directory {settings.shown} holds no data file ({', '.join(EXTENSIONS)})")
             return files, fs
         if not any(char in path for char in "*?["):
-            raise DataError(f"{settings.shown} doesn't exist: set data.source to a file, directory, glob or URL")
+            raise DataError(f"{settings.shown} doesn't exist: name a file, directory, glob or URL that does")
         files = sorted(str(file) for file in fs.glob(path) if fs.isfile(file))
     except (OSError, ValueError, ImportError) as error:
         reason = shown_location(next(iter(str(error).splitlines()), type(error).__name__))

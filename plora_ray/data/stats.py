@@ -72,6 +72,11 @@ class PartitionStats(BaseModel):
         return mean, (squares / total) ** 0.5
 
 
+def _is_fraction(name: str) -> bool:
+    whole, point, part = name.removeprefix("-").partition(".")
+    return bool(point) and (whole + part).isdecimal()
+
+
 def label_space(stats: PartitionStats, task: Task) -> list[str]:
     """Return the classes in the order of the model's outputs: by value if all are integers, else by name.
 
@@ -84,7 +89,9 @@ def label_space(stats: PartitionStats, task: Task) -> list[str]:
         unseen = sorted(set(stats.label_counts[split]) - trained)
         if unseen:
             listed = ", ".join(repr(name) for name in unseen[:20])
-            raise DataError(f"labels that only the {split} split has can't be learned: {listed}; add training rows or remove them")
+            numbers = all(_is_fraction(name) for name in unseen)
+            remedy = "set task: regression if they are amounts" if numbers else "add training rows or remove them"
+            raise DataError(f"labels that only the {split} split has can't be learned: {listed}; {remedy}")
     if len(trained) < 2:
         found = f"only {next(iter(trained))!r}" if trained else "none"
         raise DataError(f"classification needs training rows of at least two labels, found {found}: check columns.label and the splits")

@@ -124,8 +124,8 @@ class ClassificationTotals:
         truth, answers = self._labelled / rows, self._chosen / rows
         # What independent answers of the same frequencies would be off by: E[(a - b)^2].
         by_chance = truth @ self._values**2 + answers @ self._values**2 - 2 * (truth @ self._values) * (answers @ self._values)
-        kappa = 1 - squared / by_chance if by_chance > 0 else 0.0
-        return OrderedScores(squared, squared**0.5, absolute, float(kappa))
+        kappa = round(float(1 - squared / by_chance), 12) if by_chance > 0 else 0.0  # what differs by less is rounding
+        return OrderedScores(squared, squared**0.5, absolute, kappa)
 
 
 class RegressionTotals:

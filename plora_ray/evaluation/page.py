@@ -9,9 +9,9 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Gain, PredictorScores, examples_told
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, examples_told
 from plora_ray.evaluation.costs import COST, COST_OF_LIKELIEST
-from plora_ray.evaluation.metrics import SMALL, as_json
+from plora_ray.evaluation.metrics import SMALL
 from plora_ray.evaluation.predictor_cost import PredictorCost
 
 PREDICTORS = {
@@ -42,7 +42,8 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ddd}
 .verdict{background:#eef4fa;border-left:4px solid #1a6fb5;padding:.8rem 1rem}
-table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #eee}
+table{border-collapse:collapse;margin:.6rem 0;display:block;overflow-x:auto}
+td,th{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #eee}
 th:first-child,td:first-child{text-align:left}tr.subject{font-weight:600;background:#f6f9fc}
 small,.interval{color:#777;font-weight:400}.interval{display:block;font-size:.85em;white-space:nowrap}.better{color:#17803d}.worse{color:#b3261e}img{max-width:100%}
 """
@@ -81,8 +82,8 @@ def comparison_table(comparison: Comparison) -> str:
     lines = []
     for name, title in PREDICTORS.items():
         if name in comparison.predictors:
-            cells = [title, *(_score(comparison.predictors[name], metric) for metric in metrics)]
-            cells += [_gain(metric, comparison.gains[name][metric]) if name in comparison.gains else "" for metric in gained]
+            cells = [title, *(_score(comparison, name, metric) for metric in metrics)]
+            cells += [_gain(comparison, name, metric) if name in comparison.gains else "" for metric in gained]
             subject = ' class="subject"' if name == comparison.subject else ""
             lines.append(f"<tr{subject}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     shots = f"{examples_told(comparison.examples)} a user: " if comparison.examples else ""
@@ -97,8 +98,8 @@ def costs_table(costs: Mapping[str, PredictorCost], comparison: Comparison) -> s
     rows = []
     for name, title in PREDICTORS.items():
         if name in costs and name in comparison.predictors:
-            cost, scores = costs[name], as_json(comparison.predictors[name].scores)
-            reached = [f"{scores[metric]:.4f}" for metric in metrics]
+            cost, figures = costs[name], comparison.predictors[name].figures
+            reached = [f"{figures[metric]:.4f}" for metric in metrics]
             numbers = [
                 f"{cost.size.per_user:,}",
                 f"{cost.size.in_all:,}",
@@ -118,23 +119,27 @@ def groups_table(groups: Mapping[str, Comparison]) -> str:
     lines = []
     for name, comparison in sorted(groups.items()):
         cells = [escape(name), f"{comparison.users:,}", f"{comparison.rows:,}"]
-        cells += [_score(comparison.predictors[POPULATION], metric) for metric in metrics]
+        cells += [_score(comparison, POPULATION, metric) for metric in metrics]
         for metric in metrics if personal else ():
-            cells += [_score(comparison.predictors[WITH_USER], metric), _gain(metric, comparison.gains[POPULATION][metric])]
+            cells += [_score(comparison, WITH_USER, metric), _gain(comparison, POPULATION, metric)]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{''.join(lines)}</table>"
 
 
-def _score(predictor: PredictorScores, metric: str) -> str:
+def _score(comparison: Comparison, name: str, metric: str) -> str:
+    predictor = comparison.predictors[name]
     value = number(metric, float(predictor.figures[metric]))
-    interval = predictor.intervals.get(metric)
+    interval = predictor.intervals.get(metric) if comparison.users > 1 else None  # one user drawn again is the same one
     return f'{value} <span class="interval">{number(metric, interval.low)}–{number(metric, interval.high)}</span>' if interval else value
 
 
-def _gain(metric: str, gain: Gain) -> str:
+def _gain(comparison: Comparison, over: str, metric: str) -> str:
+    gain = comparison.gains[over][metric]
     shown = gain.p < SHOWN_BELOW
     kind = "better" if shown and gain.mean > 0 else "worse" if shown and gain.mean < 0 else "interval"
     mean, low, high = (number(metric, value, sign="+") for value in (gain.mean, gain.low, gain.high))
+    if comparison.users == 1:
+        return f'<span class="interval">{mean}, one user</span>'
     return f'<span class="{kind}">{mean}</span> <span class="interval">{low} to {high}, p&nbsp;{gain.p:.2g}</span>'
 
 

@@ -33,7 +33,8 @@ def drift(periods: Mapping[str, Comparison]) -> str | None:
         return None
     first, last = (periods[name] for name in (min(periods), max(periods)))
     early, late = (part.gains[POPULATION][part.loss] for part in (first, last))
+    loss = {"nll": "negative log-likelihood", "mse": "squared error"}[first.loss]
     return (
-        f"The gain in {first.loss} is {early.mean:.4f} ({early.low:.4f} to {early.high:.4f}) soon after training and {late.mean:.4f} "
+        f"The gain in {loss} is {early.mean:.4f} ({early.low:.4f} to {early.high:.4f}) soon after training and {late.mean:.4f} "
         f"({late.low:.4f} to {late.high:.4f}) at the end of the test's time"
     )

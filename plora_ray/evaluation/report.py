@@ -155,7 +155,7 @@ def _scales(evaluation: Evaluation) -> str:
     if not evaluation.calibrations:
         return ""
     scales = {name: (found.known.scale, found.new.scale) for name, found in evaluation.calibrations.items()}
-    shown = ", ".join(f"{PREDICTORS[name]} {known:.2f} and {new:.2f}" for name, (known, new) in scales.items())
+    shown = "; ".join(f"{PREDICTORS[name]}: {known:.2f} and {new:.2f}" for name, (known, new) in scales.items())
     told = f"Trained baselines are calibrated: validation rows chose the scales of their logits for known and for new users ({shown})."
     return f"<p>{escape(told)}</p>"
 
@@ -163,7 +163,7 @@ def _scales(evaluation: Evaluation) -> str:
 def _rates(evaluation: Evaluation) -> str:
     if not evaluation.rates:
         return ""
-    shown = ", ".join(f"{PREDICTORS[name]} {tried.taken:g}" for name, tried in evaluation.rates.items())
+    shown = "; ".join(f"{PREDICTORS[name]}: {tried.taken:g}" for name, tried in evaluation.rates.items())
     factors = " or ".join(f"{factor:g}" for factor in next(iter(evaluation.rates.values())).losses)
     told = f"Trained baselines learn at the rate that suits them: validation rows chose {factors} times the usual one ({shown})."
     return f"<p>{escape(told)}</p>"

@@ -5,10 +5,12 @@ Pure numpy: knows sums over users' rows; doesn't know users, texts or predictors
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from plora_ray.evaluation.metrics import Floats, Ints, rounded
@@ -44,13 +46,16 @@ class UserGains:
 
     @property
     def helped(self) -> float:
-        """Share of the judged users who gain beyond noise."""
-        return float((self.means > self.noise).sum()) / max(self.judged, 1)
+        """Share of the judged users who gain beyond noise; NaN if nobody can be judged."""
+        return self._share(self.means > self.noise)
 
     @property
     def harmed(self) -> float:
-        """Share of the judged users who lose beyond noise."""
-        return float((self.means < -self.noise).sum()) / max(self.judged, 1)
+        """Share of the judged users who lose beyond noise; NaN if nobody can be judged."""
+        return self._share(self.means < -self.noise)
+
+    def _share(self, which: NDArray[np.bool_]) -> float:
+        return float(which.sum()) / self.judged if self.judged else math.nan
 
     @property
     def worst_decile(self) -> float:
@@ -69,5 +74,5 @@ class UserGains:
             "edges": [rounded(float(edge)) for edge in edges],
             "users": counts.tolist(),
             "users_judged": self.judged,
-            **{name: rounded(value) for name, value in shares.items()},
+            **{name: None if math.isnan(value) else rounded(value) for name, value in shares.items()},
         }

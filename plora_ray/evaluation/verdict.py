@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Interval, examples_told
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Gain, Interval, examples_told
 from plora_ray.evaluation.user_gains import CHANCE
 
 FEWEST_USERS = 10  # below it a bootstrap over users says little
@@ -51,16 +51,16 @@ def _against_labels(comparison: Comparison) -> str:
     reached = _value(metric, comparison.predictors[LABEL_PRIOR].intervals[metric].mean)
     if comparison.users < FEWEST_USERS:
         return f" The user's own past labels alone, without reading the text, reach {reached}."
-    if gain.low > 0:
+    if _clear(gain) > 0:
         added = _difference(metric, gain)
         text = f" The user's own past labels alone, without reading the text, reach {reached}; the adapters add {added} to that"
-    elif gain.high < 0:
+    elif _clear(gain) < 0:
         worse = _difference(metric, _reversed(gain))
         text = f" But the user's own past labels alone, without the text, reach {reached}: the adapters are worse than that by {worse}"
     else:
         text = (
             f" But the user's own past labels alone, without reading the text, reach {reached}: "
-            f"the adapters have not been shown to be better than that, with a difference of {_difference(metric, gain)}"
+            f"the adapters have not been shown to be better than that, with a difference of {_difference(metric, gain)}, p {gain.p:.2g}"
         )
     return f"{text}{_likelihood(comparison, LABEL_PRIOR)}."
 
@@ -101,14 +101,14 @@ def _few(points: Sequence[Comparison]) -> str:
         text += f" The gain is clear from {examples_told(first)} on."
     if any(point.users != last.users for point in points):
         text += " Users with fewer examples are left out of the later points, so compare each point with its own population figure."
-    return text + _against_trained(last)
+    return text + _against_labels(last) + _against_trained(last)
 
 
 def _clear_from(points: Sequence[Comparison], metric: str) -> int | None:
     """The fewest examples from which on every point with enough users shows a gain."""
     first = None
     for point in reversed([point for point in points if point.users >= FEWEST_USERS]):
-        if point.gains[POPULATION][metric].low <= 0:
+        if _clear(point.gains[POPULATION][metric]) <= 0:
             break
         first = point.examples
     return first
@@ -132,15 +132,22 @@ def _metric(comparison: Comparison) -> str:
     return next(iter(comparison.predictors[POPULATION].intervals))
 
 
-def _judged(metric: str, gain: Interval, users: int) -> str:
+def _clear(gain: Gain) -> int:
+    """1 for a gain, -1 for a loss, 0 where the interval or p (adjusted for the predictors compared) leave it open."""
+    if gain.p >= SURE_BELOW:
+        return 0
+    return 1 if gain.low > 0 else -1 if gain.high < 0 else 0
+
+
+def _judged(metric: str, gain: Gain, users: int) -> str:
     if users < FEWEST_USERS:
         few = "1 user is" if users == 1 else f"{users} users are"
         return f"a difference of {_difference(metric, gain)}, but {few} too few to conclude anything"
-    if gain.low > 0:
+    if _clear(gain) > 0:
         return f"a gain of {_difference(metric, gain)}"
-    if gain.high < 0:
+    if _clear(gain) < 0:
         return f"a LOSS of {_difference(metric, _reversed(gain))}"
-    return f"no gain could be shown, with a difference of {_difference(metric, gain)}"
+    return f"no gain could be shown, with a difference of {_difference(metric, gain)}, p {gain.p:.2g}"
 
 
 def _reversed(gain: Interval) -> Interval:

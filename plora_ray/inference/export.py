@@ -62,7 +62,7 @@ def export_user(store: AdapterStore, user_id: str, out: Path) -> None:
     adapter = store.pull(loaded.reader, store.key(user_id))
     if adapter is None:
         raise StoreError(
-            f"this user has no adapter in generation {loaded.name} and none of his own since: there is nothing to export "
+            f"this user has no adapter in generation {loaded.name} and none of their own since: there is nothing to export "
             "(`plora users show` tells what the store holds)"
         )
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -103,8 +104,12 @@ class ProgressLine:
 
     def _users_note(self, snapshot: Snapshot) -> str:
         seconds = max(time.monotonic() - self._stage_began_s, 1e-3) if self._stage == "user stage" else 0.0
-        rate = (snapshot.users_done - self.users_at_start) / seconds if seconds else 0.0
-        return f"{snapshot.users_done:,}/{snapshot.users:,} users  {rate:,.1f} users/s"
+        done = f"{snapshot.users_done:,}/{snapshot.users:,} users"
+        if not seconds:  # the first that is seen of the stage
+            return done
+        rate = (snapshot.users_done - self.users_at_start) / seconds
+        left = timedelta(seconds=round((snapshot.users - snapshot.users_done) / rate)) if rate else "?"
+        return f"{done}  {rate:,.1f} users/s" + ("" if self._console.is_terminal else f"  {left} left")
 
     def _draw(self, stage: str, done: int, total: int, note: str) -> None:
         if stage != self._stage:

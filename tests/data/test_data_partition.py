@@ -229,5 +229,7 @@ def test_the_label_space_is_what_training_has_seen() -> None:
     assert label_space(stats(), "regression") == []
     with pytest.raises(DataError, match="only the test split has can't be learned: 'c'"):
         label_space(stats(train={"a": 1, "b": 1}, test={"c": 2, "a": 1}), "classification")
+    with pytest.raises(DataError, match=r"'-0\.5', '1\.25'; set task: regression if they are amounts"):
+        label_space(stats(train={"0.1": 1, "0.2": 1}, validation={"1.25": 1, "-0.5": 1}), "classification")
     with pytest.raises(DataError, match="at least two labels, found only 'a'"):
         label_space(stats(train={"a": 9}), "classification")

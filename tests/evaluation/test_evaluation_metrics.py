@@ -75,6 +75,13 @@ def test_classes_that_are_numbers_have_errors_in_their_units_and_a_quadratic_kap
     assert found.mae == pytest.approx(mean_absolute_error(stars, chosen))
 
 
+def test_answers_that_agree_by_chance_alone_have_a_kappa_of_zero_and_no_rounding_error() -> None:
+    totals = metrics.ClassificationTotals(3, np.array([1.0, 2.0, 3.0]))
+    totals.add(np.log(np.tile([0.2, 0.1, 0.7], (30, 1))), np.random.default_rng(0).integers(0, 3, 30))
+    ordered = totals.scores().ordered
+    assert ordered is not None and ordered.kappa == 0.0
+
+
 @pytest.mark.parametrize("classes", [("no", "yes"), ("0", "1"), ("1", "2", "x"), ("1", "2", "nan")])
 def test_names_and_pairs_have_no_order(classes: tuple[str, ...]) -> None:
     assert LabelSpace("classification", classes).values is None

@@ -16,7 +16,7 @@ from plora_ray.config import AdapterSettings, EvaluationSettings
 from plora_ray.errors import ConfigError, DataError
 from plora_ray.evaluation.comparison import LABEL_PRIOR, POPULATION, WITH_USER, Comparison, compare
 from plora_ray.evaluation.metrics import holm, log_softmax
-from plora_ray.evaluation.page import comparison_table
+from plora_ray.evaluation.page import comparison_table, groups_table
 from plora_ray.evaluation.parts import held_together
 from plora_ray.evaluation.protocols import BASELINES, evaluate_store
 from plora_ray.evaluation.runs import compare_runs
@@ -133,6 +133,47 @@ def test_of_many_groups_that_dont_differ_few_are_called_different() -> None:
         )
         called += min(adjusted) < 0.05
     assert called <= 8, "about 3 of 60 tables; without the adjustment it would be two in three"
+
+
+def test_the_verdict_and_the_table_agree_on_what_is_shown() -> None:
+    """Few users whose rows all went well: the bootstrap's interval lies above zero, and p says that so few users show little."""
+    labels, users = np.zeros(30, np.int64), np.repeat(np.arange(15), 2)
+    right = np.isin(np.arange(30), [0, 1, 2, 3, 4, 5])
+    predicted = {
+        WITH_USER: np.log(np.where((right | (np.arange(30) % 2 == 0))[:, None], [[0.8, 0.2]], [[0.2, 0.8]])),
+        POPULATION: np.log(np.where((np.arange(30) % 2 == 0)[:, None], [[0.8, 0.2]], [[0.2, 0.8]])),
+    }
+    found = compare(WITH_USER, predicted, labels, users, "classification")
+    gain = found.gains[POPULATION]["accuracy"]
+    assert gain.low >= 0 and 0.05 < gain.p < 0.2
+    said = verdict(found, (), None)
+    assert "a gain of" not in said and f"p {gain.p:.2g}" in said
+    assert 'class="better"' not in comparison_table(found)
+
+
+def test_a_group_of_one_user_has_no_interval() -> None:
+    labels, users = np.array([0, 1, 0, 1, 1]), np.zeros(5, np.int64)
+    predicted = {WITH_USER: np.log([[0.6, 0.4]] * 5), POPULATION: np.log([[0.5, 0.5]] * 5)}
+    table = groups_table({"alone": compare(WITH_USER, predicted, labels, users, "classification")})
+    assert "one user" in table and "–" not in table and " to " not in table
+
+
+def test_shares_of_users_are_unknown_where_nobody_can_be_judged(world: World, tmp_path: Path) -> None:
+    few = [row for row in world.rows() if row["split"] == "train"] + [row for row in world.rows() if row["split"] == "test"][::4]
+    settings = world.with_rows(few, tmp_path / "few.jsonl")
+    for name in ("one", "other"):
+        gains = evaluate_store(settings, "full", [], tmp_path / name)["protocols"]["full"]["user_gains"]
+        assert gains["users_judged"] == 0 and gains["share_helped"] is gains["share_harmed"] is None
+    compare_runs([tmp_path / "one", tmp_path / "other"], tmp_path / "both")
+    assert "0.0 %" not in (tmp_path / "both" / "comparison.html").read_text().split("users harmed")[1]
+
+
+def test_a_matrix_of_costs_is_in_every_table(world: World, tmp_path: Path) -> None:
+    matrix = {"no": {"yes": 3.0}, "yes": {"no": 1.0}}
+    settings = world.settings.model_copy(update={"evaluation": EvaluationSettings(cost_matrix=matrix)})
+    evaluate_store(settings, "all", list(BASELINES), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "cost of the decision" in page.split("What the predictors cost")[1]
 
 
 def test_every_report_says_what_predictors_cost(folder: Path, world: World) -> None:

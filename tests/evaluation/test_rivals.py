@@ -321,6 +321,6 @@ def test_a_job_that_trains_a_baseline_ends_with_the_evaluation(tmp_path: Path, m
 
 def test_a_baseline_whose_package_is_missing_is_one_line(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"^baseline population-lora needs PEFT: pip install 'plora-ray\[peft\]', or leave it out$"):
+    with pytest.raises(ConfigError, match=r"^baseline population-lora needs PEFT: pip install 'peft>=0\.17', or leave it out$"):
         evaluate_store(world.settings, "full", ["population-lora"], tmp_path)
     evaluate_store(settings_of(world), "full", ["user-identifier-bitfit"], tmp_path)

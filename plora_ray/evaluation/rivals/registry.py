@@ -31,7 +31,7 @@ def check_installed(names: Sequence[str]) -> None:
     """Raises ConfigError for a baseline whose package isn't there."""
     needing = [name for name in names if name in NEED_PEFT]
     if needing and importlib.util.find_spec("peft") is None:
-        raise ConfigError(f"baseline {needing[0]} needs PEFT: pip install 'plora-ray[peft]', or leave it out")
+        raise ConfigError(f"baseline {needing[0]} needs PEFT: pip install 'peft>=0.17', or leave it out")
 
 
 def build_rivals(names: Sequence[str], setup: RivalSetup) -> dict[str, Rival]:

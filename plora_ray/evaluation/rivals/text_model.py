@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,7 +74,9 @@ def build(setup: RivalSetup, make_trainable: Callable[[Any], nn.Module]) -> Text
     width = hidden_size(plm)
     torch.manual_seed(setup.course.seed)
     try:
-        return TextModel(make_trainable(plm), family.pooling, width, setup)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT asks for what transformers has renamed
+            trainable = make_trainable(plm)
+        return TextModel(trainable, family.pooling, width, setup)
     except (ValueError, NotImplementedError, TypeError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"a baseline can't be built on model family {plm.config.model_type} ({reason}): leave it out") from error
