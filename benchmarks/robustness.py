@@ -68,7 +68,7 @@ class Gains:
             "gain": sums.sum() / rows.sum(), "low": low, "high": high, "harmed": gains.harmed, "helped": gains.helped,
             "guarded": 1 - keeps.mean(),
         }  # fmt: skip
-        rounded = {name: round(float(value), 4) for name, value in figures.items()}
+        rounded = {name: None if np.isnan(value) else round(float(value), 4) for name, value in figures.items()}
         return {"guard": guard, "users": len(rows), "judged": gains.judged, **rounded}
 
 

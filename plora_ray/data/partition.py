@@ -85,7 +85,9 @@ def partition_rows(
         counts = _tokenise_all(job, shuffled.fragments, report)
     finally:
         _remove_fragments(objects)
-    stats = PartitionStats(digest=digest, partitions=counts, label_counts=shuffled.label_counts, skipped=shuffled.skipped)
+    stats = PartitionStats(
+        digest=digest, partitions=counts, label_counts=shuffled.label_counts, skipped=shuffled.skipped, split_column=shuffled.split_column
+    )
     if stats.rows("train") == 0:
         raise DataError(f"no row of {settings.shown} is in the train split: check columns.split and the fractions")
     write_done(objects, stats)
@@ -99,6 +101,7 @@ class _Shuffled:
     fragments: list[Fragment]
     label_counts: dict[SplitName, dict[str, int]]
     skipped: dict[str, int]
+    split_column: bool
 
 
 def _shuffle(job: PartitionJob, units: list[ReadUnit], report: Callable[[PartitionProgress], None]) -> _Shuffled:
@@ -131,7 +134,8 @@ def _shuffle(job: PartitionJob, units: list[ReadUnit], report: Callable[[Partiti
     if rows == 0:
         left_out = "".join(f"; {count} rows: {reason}" for reason, count in skipped.most_common(3))
         raise DataError(f"no usable row in {job.settings.shown}: check data.source and data.filter{left_out}")
-    return _Shuffled(fragments, {split: dict(sorted(counts.items())) for split, counts in labels.items()}, dict(sorted(skipped.items())))
+    counted = {split: dict(sorted(counts.items())) for split, counts in labels.items()}
+    return _Shuffled(fragments, counted, dict(sorted(skipped.items())), True in with_split)
 
 
 def _tokenise_all(job: PartitionJob, fragments: list[Fragment], report: Callable[[PartitionProgress], None]) -> list[PartitionCounts]:

@@ -15,7 +15,9 @@ from plora_ray.data.rows import Row, RowProblem, SplitName, canonical_timestamp
 
 LEAST_SECONDS = 10**8  # smaller numbers are years, or dates without their dashes
 _WORDS = re.compile(r"\w+")
-_MARKUP = re.compile(r"<[a-z/!][^<>]*>|(?:https?://|www\.)\S+|(?<!\w)@\w+", re.IGNORECASE)  # tags, addresses, who is spoken to
+# Tags, web addresses, who is spoken to: in ASCII, since other writing may go on without a space.
+_TAG, _ADDRESS, _NAME = r"</?[a-z][a-z0-9]*(?:\s+[a-z-]+\s*=[^<>]*)?\s*/?>", r"(?:https?://|www\.)[!-~]+", r"(?<![\w.])@[a-z0-9_]+"
+_MARKUP = re.compile(f"{_TAG}|{_ADDRESS}|{_NAME}", re.IGNORECASE | re.ASCII)
 
 
 class SplitTimes(BaseModel):

@@ -38,7 +38,7 @@ class PartitionStats(BaseModel):
     """A whole partitioning.
 
     `label_counts[split][label]` are rows (classification only); `skipped[reason]` are bad rows left out; `digest` tells
-    which rows, settings, tokenizer and key secret it was made from.
+    which rows, settings, tokenizer and key secret it was made from. `split_column`: whether the source has one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +47,7 @@ class PartitionStats(BaseModel):
     partitions: list[PartitionCounts]
     label_counts: dict[SplitName, dict[str, int]]
     skipped: dict[str, int]
+    split_column: bool = False
 
     @property
     def users(self) -> int:

@@ -49,7 +49,7 @@ class LabelHistory:
     @classmethod
     def of_totals(cls, task: Task, by_user: Floats, overall: Floats, rows: int, variance: float = 1.0) -> LabelHistory:
         """The history that has these totals. variance: of all labels of a regression."""
-        some = by_user[:MOST_USERS]
+        some = by_user[(by_user if task == "classification" else by_user[:, 1:]).any(axis=1)][:MOST_USERS]
         evidence = _class_evidence(some, overall) if task == "classification" else _mean_evidence(some, overall[0], variance)
         return cls(task, by_user, overall, rows, float(STRENGTHS[np.argmax(evidence)]))
 
@@ -68,11 +68,12 @@ class LabelHistory:
 
     def label_prior(self, row_users: Ints) -> Floats:
         """The user's own labels, drawn towards everybody's: log-probabilities [rows, classes], or a mean [rows]."""
+        own = self.by_user[row_users]
         if self.task == "classification":
-            smoothed = self.by_user + self.strength * self.overall
+            smoothed = own + self.strength * self.overall
             log_probabilities: Floats = np.log(np.maximum(smoothed / smoothed.sum(axis=1, keepdims=True), 1e-12))
-            return log_probabilities[row_users]
-        sums, numbers = self.by_user[row_users].T
+            return log_probabilities
+        sums, numbers = own.T
         means: Floats = (sums + self.strength * self.overall[0]) / (numbers + self.strength)
         return means
 

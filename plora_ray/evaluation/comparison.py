@@ -31,6 +31,8 @@ from plora_ray.evaluation.user_gains import UserGains
 
 # The predictors' names, as reports have them. The last three are also the baselines that can be asked for.
 WITH_USER, MAJORITY, LABEL_PRIOR, POPULATION = "with_user", "majority", "label-prior", "population"
+SHUFFLED = "shuffled-users"  # a trained baseline that is a control: it must be no better than the population
+SHOWN_BELOW = 0.05  # p of a gain that is called one
 
 
 @dataclass(frozen=True)

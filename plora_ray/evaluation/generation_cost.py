@@ -42,7 +42,7 @@ def generation_costs(engine: InferenceEngine, rows: EvaluationRows) -> dict[str,
 def label_costs(rows: EvaluationRows, names: Sequence[str]) -> dict[str, PredictorCost]:
     """Of those of MAJORITY and LABEL_PRIOR that `names` has: a count of each class, or a sum and a number, for everybody or each user."""
     history, tests = rows.history, sampled(rows)
-    users, width = int((history.by_user.sum(axis=1) > 0).sum()), history.by_user.shape[1]
+    users, width = int(history.by_user.any(axis=1).sum()), history.by_user.shape[1]
     sizes = {MAJORITY: Size(0, len(history.overall)), LABEL_PRIOR: Size(width, len(history.overall) + width * users)}
     found = {}
     for name, ask in ((MAJORITY, history.majority), (LABEL_PRIOR, history.label_prior)):

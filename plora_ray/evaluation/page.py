@@ -9,7 +9,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, examples_told
+from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, SHOWN_BELOW, WITH_USER, Comparison, examples_told
 from plora_ray.evaluation.costs import COST, COST_OF_LIKELIEST
 from plora_ray.evaluation.metrics import SMALL
 from plora_ray.evaluation.predictor_cost import PredictorCost
@@ -32,7 +32,6 @@ METRICS = {
     "accuracy": "accuracy", "macro_f1": "macro F1", "nll": "NLL", "brier": "Brier", "ece": "ECE", "mse": "MSE", "rmse": "RMSE",
     "mae": "MAE", "kappa": "kappa", "r2": "R²", COST: "cost of the decision", COST_OF_LIKELIEST: "cost of the likeliest class",
 }  # fmt: skip
-SHOWN_BELOW = 0.05  # p of a gain
 INTERVALS = (
     "Intervals: 95 %, bootstrap over whole users. Gains are paired on the same rows; positive is better for every metric. p: of no gain, "
     "users as a whole, adjusted for the predictors compared, and in a table of groups or times for those, too (Holm); coloured below "

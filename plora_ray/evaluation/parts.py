@@ -14,7 +14,7 @@ def held_together(parts: Mapping[str, Comparison]) -> dict[str, Comparison]:
     found = dict(parts)
     tested = {(over, metric) for part in parts.values() for over, gains in part.gains.items() for metric in gains}
     for over, metric in sorted(tested):
-        names = [name for name, part in parts.items() if metric in part.gains.get(over, {})]
+        names = [name for name, part in parts.items() if part.users > 1 and metric in part.gains.get(over, {})]  # one alone shows nothing
         for name, p in zip(names, holm([parts[name].gains[over][metric].p for name in names]), strict=True):
             gains = found[name].gains
             changed = {**gains[over], metric: replace(gains[over][metric], p=p)}

@@ -194,6 +194,7 @@ class _Run:
                 "users_erased_and_left_out": rows.erased_users,
                 "bad_rows_skipped": rows.bad_rows,
                 "split_seed": data.split_seed,
+                "learning_rates_of_trained_baselines": [f"{factor:g}x" for factor in self.settings.evaluation.baseline_rates],
                 "seed": self.settings.training.seed,
             },
             results=tuple(results),

@@ -181,9 +181,11 @@ class _Collector:
         learnt = np.isin(self._test_words, self._learnt_words)
         kept = np.flatnonzero(~learnt) if leave_out_learnt else np.arange(len(self._tests))
         tests = [self._tests[place] for place in kept]
+        asked, row_texts = np.unique(np.array([text for text, _, _ in tests], np.int64), return_inverse=True)
+        texts = list(self._texts)
         return EvaluationRows(
-            texts=list(self._texts),
-            row_texts=np.array([text for text, _, _ in tests], np.int64),
+            texts=[texts[place] for place in asked],
+            row_texts=row_texts,
             row_users=np.array([user for _, user, _ in tests], np.int64),
             labels=encode_labels([label for _, _, label in tests], labels),
             keys=self._keys,
@@ -199,7 +201,7 @@ class _Collector:
             training=LabelledTexts.of_rows(self._training) if self.keep_training else None,
             validation=LabelledTexts.of_rows(self._validation) if self.keep_training else None,
             learnt_texts=int(learnt.sum()),
-            digest=self._digest(kept),
+            digest=self._digest(kept.tolist()),
         )
 
     def _user(self, user_id: str) -> int | None:
@@ -223,11 +225,11 @@ class _Collector:
         else:
             heapq.heappushpop(kept, entry)
 
-    def _digest(self, kept: NDArray[np.int64]) -> str:
+    def _digest(self, tests: Sequence[int]) -> str:
         asked: Counter[int] = Counter()
-        for place in kept.tolist():
+        for place in tests:
             asked[self._tests[place][1]] += self._test_digests[place]
-        seen = {user: sum(_digest_of("example", text, label) for *_, text, label in kept) for user, kept in self._examples.items()}
+        seen = {user: sum(_digest_of("example", text, label) for *_, text, label in drawn) for user, drawn in self._examples.items()}
         people = sorted([asked[user] % 2**64, seen.get(user, 0) % 2**64, self._known[user]] for user in asked)
         return f"{_digest_of(people):016x}"
 

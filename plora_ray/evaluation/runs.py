@@ -23,7 +23,7 @@ COLUMNS = ("run", "protocol", "examples", "users", "rows")
 class RunLine:
     """One protocol (few-shot: one number of examples) of one run. metrics: by name, (without user, with user, gain, its interval).
 
-    answered: by metric, the interval of what the generation answers. digest: of all test rows of the run; None in older reports.
+    answered: by metric, the interval of what the generation answers. digest: of what was asked (see EvaluationRows); None in older reports.
     """
 
     run: str

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plora_ray.evaluation.comparison import LABEL_PRIOR, MAJORITY, POPULATION, WITH_USER, Comparison, Gain, Interval, examples_told
+from plora_ray.evaluation.comparison import (
+    LABEL_PRIOR,
+    MAJORITY,
+    POPULATION,
+    SHOWN_BELOW,
+    SHUFFLED,
+    WITH_USER,
+    Comparison,
+    Gain,
+    Interval,
+    examples_told,
+)
 from plora_ray.evaluation.user_gains import CHANCE
 
 FEWEST_USERS = 10  # below it a bootstrap over users says little
-SURE_BELOW = 0.05  # p: above it a difference may be noise
 CHANCE_PERCENT = 100 * CHANCE
 
 
@@ -73,18 +83,18 @@ def _likelihood(comparison: Comparison, over: str) -> str:
 
 
 def _against_trained(comparison: Comparison) -> str:
-    """Which trained baselines answer better on these rows, as far as users tell."""
-    trained = [name for name in comparison.gains if name not in (POPULATION, LABEL_PRIOR, MAJORITY)]
-    if not trained or comparison.users < FEWEST_USERS:
+    """Which trained baselines answer better or worse on these rows beyond noise. The control with shuffled users is none."""
+    told = (POPULATION, LABEL_PRIOR, MAJORITY, SHUFFLED)
+    gains = {name: found[comparison.loss] for name, found in comparison.gains.items() if name not in told}
+    if not gains or comparison.users < FEWEST_USERS:
         return ""
-    gains = {name: comparison.gains[name][comparison.loss] for name in trained}
-    better = [f"{name} (by {-gain.mean:.3g}, p {gain.p:.2g})" for name, gain in gains.items() if gain.mean < 0]
-    beaten = sum(gain.mean > 0 and gain.p < SURE_BELOW for gain in gains.values())
-    which = (
-        f"{', '.join(better)} {'does' if len(better) == 1 else 'do'} better in {_name(comparison.loss)}" if better else "none does better"
-    )
-    said = f"{len(trained)} trained baseline{'' if len(trained) == 1 else 's'}"
-    return f" Of {said} {beaten} {'is' if beaten == 1 else 'are'} beaten beyond noise, and {which}."
+    beaten = [name for name, gain in gains.items() if _clear(gain) > 0]
+    better = [f"{name} (by {-gain.mean:.3g}, p {gain.p:.2g})" for name, gain in gains.items() if _clear(gain) < 0]
+    level = [name for name, gain in gains.items() if not _clear(gain)]
+    text = f" Of {len(gains)} trained baseline{'' if len(gains) == 1 else 's'}, in {_name(comparison.loss)}, {len(beaten)} "
+    text += f"{'is' if len(beaten) == 1 else 'are'} beaten beyond noise"
+    text += f"; BETTER beyond noise: {', '.join(better)}" if better else ""
+    return text + (f"; level: {', '.join(level)}." if level else ".")
 
 
 def _few(points: Sequence[Comparison]) -> str:
@@ -134,7 +144,7 @@ def _metric(comparison: Comparison) -> str:
 
 def _clear(gain: Gain) -> int:
     """1 for a gain, -1 for a loss, 0 where the interval or p (adjusted for the predictors compared) leave it open."""
-    if gain.p >= SURE_BELOW:
+    if gain.p >= SHOWN_BELOW:
         return 0
     return 1 if gain.low > 0 else -1 if gain.high < 0 else 0
 

@@ -103,6 +103,7 @@ class TrainingReport:
             "users_guarded": self.totals.guarded,
             "plan": self.plan.to_json(),
             "rows": {split: self.stats.rows(split) for split in ("train", "validation", "test")},
+            "split_column": self.stats.split_column,
             "bad_rows_skipped": self.stats.skipped,
             "labels": self.assignment.labels.to_json(),
             "settings": self.assignment.settings.published(),

@@ -49,6 +49,19 @@ def test_texts_that_differ_only_in_markup_addresses_names_or_unicodes_forms_stay
     assert hash_of_words(one, 0) == hash_of_words(other, 0) != hash_of_words(one + " word", 0)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("\u770bhttps://x.y/abc\u8fd9\u4e2a\u7535\u5f71\u5f88\u597d\u770b", "\u770bhttps://x.y/abc\u90a3\u4e2a\u5f88\u7cdf\u7cd5"),
+        ("\u56de\u590d @ming\u8fd9\u4e2a\u7535\u5f71\u5f88\u597d\u770b", "\u56de\u590d @hong\u6211\u5f88\u8ba8\u538c\u5b83"),
+        ("price<b and more>c is it", "price c is it"),
+        ("if a < b or b > a", "if a  a"),
+    ],
+)
+def test_what_only_looks_like_markup_or_is_written_on_behind_it_without_a_space_counts(one: str, other: str) -> None:
+    assert hash_of_words(one, 0) != hash_of_words(other, 0)
+
+
 def test_texts_without_a_word_are_divided_too() -> None:
     splits = {split_by_text("!" * count, seed=0, validation_fraction=0.3, test_fraction=0.3) for count in range(1, 60)}
     assert splits == {"train", "validation", "test"}

@@ -102,10 +102,13 @@ def test_the_verdict_concludes_nothing_from_a_handful_of_users() -> None:
 
 def test_the_verdict_names_trained_baselines_that_do_better_and_counts_those_that_are_beaten() -> None:
     said = verdict(comparison(0.8, 0.6, lora_per_user=0.95, population_lora=0.6, plora_released=0.5), (), None)
-    assert re.search(r"Of 3 trained baselines 2 are beaten beyond noise, and lora-per-user \(by 0\.\d+, p \S+\) does better", said)
-    assert "Of 1 trained baseline 1 is beaten beyond noise, and none does better." in verdict(
-        comparison(0.9, 0.6, lora_per_user=0.5), (), None
+    assert (
+        "Of 3 trained baselines, in the negative log-likelihood, 2 are beaten beyond noise; BETTER beyond noise: lora-per-user (by 0."
+        in said
     )
+    alone = verdict(comparison(0.9, 0.6, lora_per_user=0.5, shuffled_users=0.5), (), None)
+    assert "Of 1 trained baseline, in the negative log-likelihood, 1 is beaten beyond noise." in alone, "the control isn't counted"
+    assert "0 are beaten beyond noise; level: lora-per-user." in verdict(comparison(0.9, 0.6, lora_per_user=0.9), (), None)
     assert "trained baselines" not in verdict(comparison(0.9, 0.6, label_prior=0.5), (), None)
 
 

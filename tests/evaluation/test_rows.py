@@ -32,7 +32,6 @@ def test_new_users_who_share_their_texts_have_examples_of_their_own(world: World
     drawn = {tuple(text for text, _ in examples) for examples in found.examples.values()}
     assert len(found.examples) == 30 and all(len(set(examples)) == 4 for examples in drawn)
     assert len(drawn) > 25, "a draw for all would be the same few texts for everybody"
-    assert read(world, world.with_rows(rows[::-1], tmp_path / "reversed.jsonl")).examples.keys() == found.examples.keys()
 
 
 def test_the_order_of_the_source_draws_nothing(world: World, tmp_path: Path) -> None:
@@ -106,34 +105,39 @@ def test_test_rows_with_a_text_of_training_or_validation_rows_are_counted_and_ca
     fewer = settings.model_copy(update={"evaluation": EvaluationSettings(leave_out_learnt_texts=True)})
     report, without = (evaluate_store(chosen, "full", [], tmp_path / "out")["data"] for chosen in (settings, fewer))
     assert (report["test_rows"], without["test_rows"], without["test_rows_with_a_training_text"]) == (3, 1, 2)
-    assert report["test_rows_digest"] != without["test_rows_digest"]
+    assert report["test_rows_digest"] != without["test_rows_digest"] and without["different_test_texts"] == 1
 
 
 TRAINED = {"split_seed": 3, "validation_fraction": 0.1, "test_fraction": 0.2}
 PAST = SplitTimes(validation=datetime(2020, 1, 1, tzinfo=UTC), test=datetime(2021, 1, 1, tzinfo=UTC))
+EARLIER, LATER = (SplitTimes(test=datetime(year, 1, 1, tzinfo=UTC)) for year in (2020, 2022))
 
 
 @pytest.mark.parametrize(
-    ("trained", "given", "told"),
+    ("trained", "by_column", "given", "told"),
     [
-        (TRAINED, TRAINED, None),
-        (TRAINED, {**TRAINED, "split_seed": 4}, r"data\.split_seed is 4, but generation g1 was trained with 3"),
-        (TRAINED, {**TRAINED, "test_fraction": 0.3}, r"data\.test_fraction is 0\.3, .* set data\.test_fraction to 0\.2"),
-        (TRAINED, {"split_times": PAST}, r"data\.split_times is .*2021-01-01.*trained with None"),
-        ({"split_times": PAST}, {}, r"data\.split_times is None"),
-        ({"split_times": PAST}, {"split_times": SplitTimes(test=datetime(2020, 6, 1, tzinfo=UTC))}, r"split_times\.test is 2020-06-01"),
-        ({"split_times": PAST}, {"split_times": SplitTimes(test=datetime(2022, 1, 1, tzinfo=UTC))}, None),
+        (TRAINED, False, TRAINED, None),
+        (TRAINED, False, {**TRAINED, "validation_fraction": 0.3, "test_fraction": 0.1}, None),
+        (TRAINED, False, {**TRAINED, "split_seed": 4}, r"data\.split_seed is 4: set it to 3"),
+        (TRAINED, False, {**TRAINED, "test_fraction": 0.3}, r"data\.test_fraction is 0\.3: set it to 0\.2 or less"),
+        (TRAINED, False, {"split_times": PAST}, r"its rows were divided by their texts: leave data\.split_times out"),
+        ({"split_times": PAST}, False, {}, r"its rows were divided by time: set data\.split_times\.test to 2021-01-01"),
+        ({"split_times": PAST}, True, {"split_times": EARLIER}, r"split_times\.test is 2020-01-01.*: set it to 2021-01-01.* or later"),
+        ({"split_times": PAST}, True, {"split_times": LATER}, None),
+        ({}, True, {}, r"it was trained by a split column .*: give them that column"),
+        ({}, True, {"split_times": PAST}, r"it was trained by a split column"),
     ],
 )
 def test_rows_divided_otherwise_than_in_training_are_refused(
-    build_world: Any, tmp_path: Path, trained: dict[str, Any], given: dict[str, Any], told: str | None
+    build_world: Any, tmp_path: Path, trained: dict[str, Any], by_column: bool, given: dict[str, Any], told: str | None
 ) -> None:
     world: World = build_world("classification")
-    published = world.with_data(**trained).published()
-    world.store.objects.write("generations/g1/report.json", json.dumps({"settings": published}).encode())
-    days = [f"20{18 + place % 6}-03-01" for place in range(len(world.rows()))]
-    rows = [{**row, "timestamp": day, "split": None} for row, day in zip(world.rows(), days, strict=True)]
-    settings = world.with_rows([{k: v for k, v in row.items() if k != "split"} for row in rows], tmp_path / "rows.jsonl", **given)
+    report = {"settings": world.with_data(**trained).published(), "split_column": by_column}
+    world.store.objects.write("generations/g1/report.json", json.dumps(report).encode())
+    rows = [{key: value for key, value in row.items() if key != "split"} for row in world.rows()]
+    for place, row in enumerate(rows):
+        row["timestamp"] = f"20{18 + place % 6}-03-01"
+    settings = world.with_rows(rows, tmp_path / "rows.jsonl", **given)
     if told is None:
         assert evaluate_store(settings, "full", [], tmp_path / "out")["protocols"]["full"]["rows"] > 0
         return
@@ -141,7 +145,22 @@ def test_rows_divided_otherwise_than_in_training_are_refused(
         evaluate_store(settings, "full", [], tmp_path / "out")
 
 
-def test_a_split_column_needs_no_such_agreement(build_world: Any, tmp_path: Path) -> None:
+def test_a_split_column_needs_no_such_agreement_nor_does_a_report_that_doesnt_tell(build_world: Any, tmp_path: Path) -> None:
     world: World = build_world("classification")
-    world.store.objects.write("generations/g1/report.json", json.dumps({"settings": world.with_data(**TRAINED).published()}).encode())
-    assert evaluate_store(world.settings, "full", [], tmp_path)["data"]["split_seed"] == 0
+    trained = world.with_data(**TRAINED)
+    for report in ({"settings": trained.published(), "split_column": False}, {"settings": trained.published()}, {}):
+        world.store.objects.write("generations/g1/report.json", json.dumps(report).encode())
+        assert evaluate_store(world.settings, "full", [], tmp_path)["data"]["split_seed"] == 0
+
+
+def test_the_label_prior_is_the_same_whoever_comes_first_in_the_data(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plora_ray.evaluation.baselines.MOST_USERS", world.users_per_cohort)
+    last, first = world.rows(), sorted(world.rows(), key=lambda row: row["cohort"] == "a")
+    strengths = [read(world, world.with_rows(rows, tmp_path / "rows.jsonl")).history.strength for rows in (last, first)]
+    assert strengths[0] == strengths[1] < 1000
+
+
+def test_users_of_a_regression_whose_labels_cancel_are_counted(regression_world: World, tmp_path: Path) -> None:
+    rows = [{**row, "label": (-1.0) ** place} for place, row in enumerate(regression_world.rows())]
+    costs = evaluate_store(regression_world.with_rows(rows, tmp_path / "rows.jsonl"), "zero", ["label-prior"], tmp_path / "out")
+    assert costs["predictor_costs"]["label-prior"]["parameters_in_all"] == 1 + 2 * regression_world.users_per_cohort

@@ -10,7 +10,7 @@ import torch
 
 from plora_ray.config import Settings
 from plora_ray.errors import DataError
-from plora_ray.evaluation.comparison import examples_told
+from plora_ray.evaluation.comparison import SHUFFLED, examples_told
 from plora_ray.evaluation.labelled import LabelledTexts
 from plora_ray.evaluation.metrics import Floats, Ints
 from plora_ray.evaluation.predictor_cost import PredictorCost, sampled, seconds_per_request
@@ -18,7 +18,7 @@ from plora_ray.evaluation.progress import Stages
 from plora_ray.evaluation.rivals.calibrations import RivalCalibration
 from plora_ray.evaluation.rivals.course import Course
 from plora_ray.evaluation.rivals.rates import BestRate, TriedRates
-from plora_ray.evaluation.rivals.registry import SHUFFLED, build_rivals
+from plora_ray.evaluation.rivals.registry import build_rivals
 from plora_ray.evaluation.rivals.rival import Rival, RivalSetup
 from plora_ray.evaluation.rows import EvaluationRows
 from plora_ray.evaluation.scoring import predictions

@@ -44,15 +44,17 @@ class BestRate:
     """
 
     def __init__(self, build: Callable[[RivalSetup], Rival], setup: RivalSetup, factors: Sequence[float]) -> None:
+        """Builds the first, so that one that can't be built is told before anything is trained."""
         if not len(setup.validation.users):
             raise ConfigError("evaluation.baseline_rates has several, and there are no validation rows to choose by: name one, or add rows")
         self._build, self._setup, self._factors = build, setup, factors
+        self._first: Rival | None = build(setup.at(factors[0]))
         self._best: Rival | None = None
         self.tried = TriedRates({})
 
     def fit(self, rows: LabelledTexts, advance: Advance) -> None:
         for factor in self._factors:
-            rival = self._build(self._setup.at(factor))
+            rival, self._first = self._first or self._build(self._setup.at(factor)), None
             self.tried = TriedRates({**self.tried.losses, factor: self._loss_after_fit(rival, rows, advance)})
             if self.tried.taken == factor:
                 self._best = rival

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from plora_ray.errors import ConfigError
+from plora_ray.evaluation.comparison import SHUFFLED
 from plora_ray.evaluation.rivals.identifiers import UserIdentifier, with_biases, with_ia3, with_prefix
 from plora_ray.evaluation.rivals.lora import LoraPerUser, PopulationLora
 from plora_ray.evaluation.rivals.rates import BestRate
@@ -15,7 +16,7 @@ from plora_ray.evaluation.rivals.rival import Rival, RivalSetup
 from plora_ray.evaluation.rivals.shuffled import ShuffledUsers
 
 POPULATION_LORA, LORA_PER_USER = "population-lora", "lora-per-user"
-RELEASED, END_TO_END, SHUFFLED = "plora-released", "plora-end-to-end", "shuffled-users"
+RELEASED, END_TO_END = "plora-released", "plora-end-to-end"
 # What is tuned, and how fast where the population stage's learning rate doesn't suit it: few numbers, each of which must go far.
 IDENTIFIERS = {
     "user-identifier-ia3": (with_ia3, 1e-2),
