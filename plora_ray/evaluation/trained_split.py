@@ -23,7 +23,7 @@ def check_split(store: AdapterStore, generation: str, data: SourceSettings) -> N
         return
     wrong = _difference(data, trained, column and trained.split_times is None)
     if wrong is not None:
-        raise ConfigError(f"test rows must be rows that generation {generation} hasn't learnt, but {wrong}; or name a split column")
+        raise ConfigError(f"test rows must be rows that generation {generation} hasn't learnt, but {wrong}, or name a split column")
 
 
 def _difference(data: SourceSettings, trained: SourceSettings, by_column: bool) -> str | None:

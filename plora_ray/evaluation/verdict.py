@@ -37,7 +37,7 @@ def _full(comparison: Comparison) -> str:
         f"{_value(metric, subject)} with the user and {_value(metric, population)} without: {_judged(metric, gain, comparison.users)}."
     )
     if metric == "accuracy" and comparison.users >= FEWEST_USERS:
-        text += f" The probabilities: {_judged('nll', comparison.gains[POPULATION]['nll'], comparison.users)} in negative log-likelihood."
+        text += f" In negative log-likelihood: {_judged('nll', comparison.gains[POPULATION]['nll'], comparison.users)}."
     return text + _who(comparison) + _against_labels(comparison) + _against_trained(comparison)
 
 
@@ -82,14 +82,19 @@ def _likelihood(comparison: Comparison, over: str) -> str:
     return f"; in negative log-likelihood, {_judged('nll', comparison.gains[over]['nll'], comparison.users)}"
 
 
-def _against_trained(comparison: Comparison) -> str:
-    """Which trained baselines answer better or worse on these rows beyond noise. The control with shuffled users is none."""
+def _against_trained(comparison: Comparison, *, only_better: bool = False) -> str:
+    """Which trained baselines answer better or worse on these rows beyond noise. The control with shuffled users is none.
+
+    only_better: nothing where no baseline does better.
+    """
     told = (POPULATION, LABEL_PRIOR, MAJORITY, SHUFFLED)
     gains = {name: found[comparison.loss] for name, found in comparison.gains.items() if name not in told}
     if not gains or comparison.users < FEWEST_USERS:
         return ""
     beaten = [name for name, gain in gains.items() if _clear(gain) > 0]
     better = [f"{name} (by {-gain.mean:.3g}, p {gain.p:.2g})" for name, gain in gains.items() if _clear(gain) < 0]
+    if only_better and not better:
+        return ""
     level = [name for name, gain in gains.items() if not _clear(gain)]
     text = f" Of {len(gains)} trained baseline{'' if len(gains) == 1 else 's'}, in {_name(comparison.loss)}, {len(beaten)} "
     text += f"{'is' if len(beaten) == 1 else 'are'} beaten beyond noise"
@@ -111,7 +116,7 @@ def _few(points: Sequence[Comparison]) -> str:
         text += f" The gain is clear from {examples_told(first)} on."
     if any(point.users != last.users for point in points):
         text += " Users with fewer examples are left out of the later points, so compare each point with its own population figure."
-    return text + _against_labels(last) + _against_trained(last)
+    return text + _against_labels(last) + _against_trained(last, only_better=True)
 
 
 def _clear_from(points: Sequence[Comparison], metric: str) -> int | None:
@@ -131,10 +136,10 @@ def _zero(comparison: Comparison) -> str:
         f"{_value(metric, comparison.predictors[POPULATION].intervals[metric].mean)} on {comparison.rows:,} rows of {_users(comparison)}"
     )
     if MAJORITY not in comparison.gains:
-        return f"{text}.{_against_trained(comparison)}"
+        return f"{text}.{_against_trained(comparison, only_better=True)}"
     gain, always = comparison.gains[MAJORITY][metric], "the mean label" if metric == "mse" else "the most frequent label"
     text += f"; against always answering {always}: {_judged(metric, gain, comparison.users)}{_likelihood(comparison, MAJORITY)}."
-    return text + _against_trained(comparison)
+    return text + _against_trained(comparison, only_better=True)
 
 
 def _metric(comparison: Comparison) -> str:
