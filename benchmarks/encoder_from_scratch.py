@@ -21,7 +21,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
+from plora_ray.adapters.model import pool
+from plora_ray.inference.engine import pad
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PAD = 0
 IGNORED = -100
 HIDDEN = 0.15  # of the word pieces of a text
 
@@ -49,7 +53,7 @@ def main(
     )
     torch.manual_seed(seed)
     encoder = BertModel(config, add_pooling_layer=False)
-    texts = [torch.tensor(ids) for ids in tokenizer(rows["text"].tolist(), truncation=True, max_length=max_length)["input_ids"]]
+    texts = tokenizer(rows["text"].tolist(), truncation=True, max_length=max_length)["input_ids"]
     judged = len(texts) // 100
     head = learn(encoder, texts[judged:], torch.from_numpy(labels[judged:]), len(classes), epochs, seed)
     encoder.save_pretrained(out)
@@ -73,7 +77,7 @@ def word_pieces(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def learn(
-    encoder: BertModel, texts: list[torch.Tensor], labels: torch.Tensor, classes: int, epochs: int, seed: int, size: int = 128
+    encoder: BertModel, texts: list[list[int]], labels: torch.Tensor, classes: int, epochs: int, seed: int, size: int = 128
 ) -> nn.Linear:
     """Train the encoder, and return the head that tells labels from the mean of its hidden states."""
     words = encoder.get_input_embeddings().weight
@@ -89,12 +93,12 @@ def learn(
         told = progress.add_task("learning", total=steps)
         for _ in range(epochs):
             for batch in batches([len(text) for text in texts], size, chance):
-                ids, real = padded([texts[row] for row in batch])
+                ids, real = pad([texts[row] for row in batch], PAD)
                 shown, wanted = hide(ids, len(words), chance)
                 states = encoder(input_ids=shown, attention_mask=real).last_hidden_state
                 guessed = nn.functional.gelu(back(states[wanted != IGNORED])) @ words.T
                 loss = nn.functional.cross_entropy(guessed, wanted[wanted != IGNORED])
-                loss = loss + nn.functional.cross_entropy(head(mean(states, real)), labels[batch])
+                loss = loss + nn.functional.cross_entropy(head(pool(states, real, "mean")), labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(learnt, 1.0)
@@ -112,12 +116,6 @@ def batches(lengths: list[int], size: int, chance: torch.Generator) -> list[torc
     return [cut[place] for place in torch.randperm(len(cut), generator=chance).tolist()]
 
 
-def padded(texts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Word pieces (texts, longest), and 1 where there is one."""
-    ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    return ids, (ids != SPECIAL.index("[PAD]")).long()
-
-
 def hide(ids: torch.Tensor, words: int, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids shown and wanted. As BERT: of the pieces to be guessed 4/5 are masked, 1/10 is another, 1/10 stays; the rest IGNORED."""
     guessed = (torch.rand(ids.shape, generator=chance) < HIDDEN) & (ids >= len(SPECIAL))
@@ -127,19 +125,14 @@ def hide(ids: torch.Tensor, words: int, chance: torch.Generator) -> tuple[torch.
     return shown, torch.where(guessed, ids, IGNORED)
 
 
-def mean(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean hidden state of the real pieces, (texts, width)."""
-    return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-
-
 @torch.no_grad()
-def judge(encoder: BertModel, head: nn.Linear, texts: list[torch.Tensor], labels: torch.Tensor) -> tuple[float, float]:
+def judge(encoder: BertModel, head: nn.Linear, texts: list[list[int]], labels: torch.Tensor) -> tuple[float, float]:
     """Mean NLL in nats and share right."""
     encoder.eval()
     scores = []
     for first in range(0, len(texts), 128):
-        ids, real = padded(texts[first : first + 128])
-        scores.append(head(mean(encoder(input_ids=ids, attention_mask=real).last_hidden_state, real)))
+        ids, real = pad(texts[first : first + 128], PAD)
+        scores.append(head(pool(encoder(input_ids=ids, attention_mask=real).last_hidden_state, real, "mean")))
     scores_ = torch.cat(scores)
     return float(nn.functional.cross_entropy(scores_, labels)), float((scores_.argmax(1) == labels).float().mean())
 
