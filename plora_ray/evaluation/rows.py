@@ -12,7 +12,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import numpy as np
@@ -106,7 +106,7 @@ def read_rows(
     if len(with_split) == 2:
         raise DataError(f"some files of {settings.shown} have a split column, others don't: give it in all or set columns.split: null")
     divided = settings.split_times is not None or with_split == {False}
-    return replace(collector.finish(labels, leave_out_learnt), bad_rows=len(bad), divided=divided)
+    return collector.finish(labels, leave_out_learnt, bad_rows=len(bad), divided=divided)
 
 
 def _checked(unit: ReadUnit, settings: SourceSettings, labels: LabelSpace) -> Iterator[tuple[Row | BadRow, bool]]:
@@ -177,7 +177,7 @@ class _Collector:
         elif self.keep_training and self._known[user]:
             self._validation.append((user, row.text, row.label))
 
-    def finish(self, labels: LabelSpace, leave_out_learnt: bool) -> EvaluationRows:
+    def finish(self, labels: LabelSpace, leave_out_learnt: bool, *, bad_rows: int, divided: bool) -> EvaluationRows:
         learnt = np.isin(self._test_words, self._learnt_words)
         kept = np.flatnonzero(~learnt) if leave_out_learnt else np.arange(len(self._tests))
         tests = [self._tests[place] for place in kept]
@@ -194,7 +194,8 @@ class _Collector:
             examples={user: [(text, label) for *_, text, label in sorted(kept, reverse=True)] for user, kept in self._examples.items()},
             train_rows=self.train_rows,
             erased_users=sum(user is None for user in self._users.values()),
-            bad_rows=0,
+            bad_rows=bad_rows,
+            divided=divided,
             groups=list(self._groups),
             row_groups=np.array(self._test_groups, np.int64)[kept],
             row_times=np.array(self._test_times, "datetime64[us]")[kept],

@@ -34,10 +34,9 @@ def _full(comparison: Comparison) -> str:
     subject, population = (comparison.predictors[name].intervals[metric].mean for name in (WITH_USER, POPULATION))
     text = (
         f"On {comparison.rows:,} test rows of {_users(comparison)} in the generation, {_name(metric)} is "
-        f"{_value(metric, subject)} with the user and {_value(metric, population)} without: {_judged(metric, gain, comparison.users)}."
+        f"{_value(metric, subject)} with the user and {_value(metric, population)} without: {_judged(metric, gain, comparison.users)}"
+        f"{_likelihood(comparison, POPULATION)}."
     )
-    if metric == "accuracy" and comparison.users >= FEWEST_USERS:
-        text += f" In negative log-likelihood: {_judged('nll', comparison.gains[POPULATION]['nll'], comparison.users)}."
     return text + _who(comparison) + _against_labels(comparison) + _against_trained(comparison)
 
 
